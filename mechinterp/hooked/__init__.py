@@ -1,0 +1,1 @@
+"""The hooked-model layer: sites, cache, interventions, and the one forward."""

@@ -1,0 +1,281 @@
+"""Interventions: small frozen values that say what an activation becomes, at which site and positions.
+
+`where` is a Site and positions; `what` is the class: Zero, Mean, Resample, Patch, Steer, Noise, Apply. All of them act
+through `new_value`, so that the one forward (forward.py) needs to know nothing of the kinds. A value may depend on the
+live activation, and may be written to another site than the one that it was read from (`Apply(..., writes=...)`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mechinterp.errors import UserError
+from mechinterp.hooked.prompts import Positions, Prompts
+from mechinterp.hooked.sites import Site
+
+Capture = Callable[[Prompts, Site], Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which prompts and positions a forward pass holds.
+
+    Attributes:
+        prompts: all prompts of the run.
+        index: `[batch]` the prompt of each row.
+        start: first position that is run; activations hold `pos` from there on.
+    """
+
+    prompts: Prompts
+    index: Tensor
+    start: int = 0
+
+    @classmethod
+    def all(cls, prompts: Prompts) -> "Rows":
+        """Every prompt once, from position 0."""
+        return cls(prompts, torch.arange(len(prompts), device=prompts.tokens.device))
+
+    def of(self, per_prompt: Tensor, pos_dim: int) -> Tensor:
+        """Rows and positions of a tensor that holds all prompts first and all positions at `pos_dim`."""
+        rows = per_prompt[self.index.to(per_prompt.device)]
+        return rows.narrow(pos_dim, self.start, rows.shape[pos_dim] - self.start)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """What happens at a site. Subclasses give the value; this base says where and how strictly.
+
+    Attributes:
+        site: where to act; heads, neurons and a basis narrow it.
+        positions: where in the sequence (see `Prompts.select`); for `pattern` and `attn_scores` these are queries.
+        noop_ok: do not raise when no element changed.
+    """
+
+    site: Site
+    positions: Positions = field(default=None, kw_only=True)
+    noop_ok: bool = field(default=False, kw_only=True)
+
+    @property
+    def reads(self) -> Site:
+        """The site that the value is computed from."""
+        return self.site
+
+    @property
+    def writes(self) -> Site:
+        """The site that is changed."""
+        return self.site
+
+    @property
+    def folds(self) -> bool:
+        """Whether rows and positions may be run apart from each other. Plain functions may look at the whole batch."""
+        return True
+
+    def prepare(self, capture: Capture) -> Any:
+        """Compute once, on entering, what the value needs; `capture(prompts, site)` runs the model."""
+        return None
+
+    def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        """The new activation, of a shape that broadcasts to the old one; `state` is what `prepare` returned."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Zero(Intervention):
+    """Set to zero."""
+
+    def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        return torch.zeros_like(activation)
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Intervention):
+    """Set to the mean over other prompts.
+
+    Attributes:
+        over: the prompts that the mean is taken over, in their own run.
+        by: "all" pools prompts and positions; "position" keeps positions apart (the prompts must be of one length);
+            "role" gives each role its own mean and pools the other positions; "template" averages within a template,
+            by position (Wang et al. 2023). "role" and "template" need a run whose prompts have them.
+    """
+
+    over: Prompts
+    by: Literal["all", "position", "role", "template"] = "all"
+
+    def prepare(self, capture: Capture) -> Any:
+        if self.by == "position" and self.over.mask is not None:
+            raise UserError("Mean(by='position') needs prompts of one length; found several. Valid: by='role' or 'all'")
+        if self.by == "role" and not self.over.roles:
+            raise UserError("Mean(by='role') needs prompts with roles; found none. Valid: by='all' or 'position'")
+        if self.by == "template" and self.over.template is None:
+            raise UserError("Mean(by='template') needs prompts with templates; found none. Valid: by='role' or 'all'")
+        return capture(self.over, self.reads.whole).movedim(self.reads.kind.dim(self.reads.kind.pos_axis), 1)
+
+    def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        mean = self._mean_of(state, rows.prompts)
+        return rows.of(mean, 1).movedim(1, self.reads.kind.dim(self.reads.kind.pos_axis)).to(activation)
+
+    def _mean_of(self, over: Tensor, prompts: Prompts) -> Tensor:
+        """`[prompt pos ...]`: the mean that each position of the run's prompts takes."""
+        shape = (len(prompts), prompts.n_pos, *over.shape[2:])
+        real = self.over.real
+        if self.by == "all":
+            return over[real].mean(0).expand(shape)
+        if self.by == "position":
+            if over.shape[1] != prompts.n_pos:
+                raise UserError(f"Mean(by='position') is over {over.shape[1]} positions, the run has {prompts.n_pos}")
+            return over.mean(0).expand(shape)
+        if self.by == "template":
+            return self._by_template(over, prompts)
+        roles = [self.over.at_role(name) for name in self.over.roles]
+        rest = real & ~torch.stack(roles).any(0)
+        mean = (over[rest] if rest.any() else over[real]).mean(0).expand(shape).clone()
+        for name, at in zip(self.over.roles, roles, strict=True):
+            if name in prompts.roles and at.any():
+                mean[prompts.at_role(name)] = over[at].mean(0)
+        return mean
+
+    def _by_template(self, over: Tensor, prompts: Prompts) -> Tensor:
+        if prompts.template is None or prompts.n_pos != over.shape[1]:
+            raise UserError("Mean(by='template') needs a run over the same templates and positions")
+        assert self.over.template is not None
+        mean = over.new_empty((len(prompts), *over.shape[1:]))
+        for template in prompts.template.unique():
+            same = self.over.template == template
+            if not same.any():
+                raise UserError(f"Mean(by='template'): template {int(template)} of the run is not in `over`")
+            mean[prompts.template == template] = over[same].mean(0)
+        return mean
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Intervention):
+    """Set to the activation of another run.
+
+    Attributes:
+        source: prompts to run, one for each prompt of the run and of the same lengths; or the activation itself,
+            of the site's shape with all its heads.
+
+    Raises:
+        UserError: on entering, when the source holds NaN; on running, when its shape does not fit.
+    """
+
+    source: Prompts | Tensor
+
+    def prepare(self, capture: Capture) -> Any:
+        value = capture(self.source, self.reads.whole) if isinstance(self.source, Prompts) else self.source
+        if value.isnan().any():
+            raise UserError(f"the source of a patch at {self.site} holds NaN")
+        return value
+
+    def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        pos = self.reads.kind.dim(self.reads.kind.pos_axis)
+        fits = state.ndim == activation.ndim and state.shape[0] == len(rows.prompts)
+        if not fits or state.shape[pos] != rows.prompts.n_pos:
+            raise UserError(
+                f"a patch at {self.site} has shape {tuple(state.shape)}; the run has {len(rows.prompts)} prompts of "
+                f"{rows.prompts.n_pos} positions, axes {' '.join(self.site.kind.axes)}"
+            )
+        return rows.of(state, pos).to(activation)
+
+
+@dataclass(frozen=True, eq=False)
+class Resample(Intervention):
+    """Set to the activation of another prompt, drawn without replacement where there are enough.
+
+    Attributes:
+        over: prompts to draw from, of the same number of positions as the run's.
+        seed: of the draw; the same seed gives each prompt the same donor.
+    """
+
+    over: Prompts
+    seed: int = 0
+
+    def prepare(self, capture: Capture) -> Any:
+        return capture(self.over, self.reads.whole)
+
+    def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        pos = self.reads.kind.dim(self.reads.kind.pos_axis)
+        if state.shape[pos] != rows.prompts.n_pos:
+            raise UserError(f"Resample is over {state.shape[pos]} positions, the run has {rows.prompts.n_pos}")
+        return rows.of(state[self.donors(len(rows.prompts))], pos).to(activation)
+
+    def donors(self, n: int) -> Tensor:
+        """`[prompt]` which prompt of `over` each of n prompts takes; never its own number."""
+        draw = torch.Generator().manual_seed(self.seed)
+        m = len(self.over)
+        if m < 2:
+            raise UserError("Resample needs at least two prompts to draw from")
+        shift = torch.randperm(m - 1, generator=draw)[0] + 1
+        return (torch.arange(n) + shift) % m
+
+
+@dataclass(frozen=True, eq=False)
+class Steer(Intervention):
+    """Add a vector.
+
+    Attributes:
+        vector: of a shape that broadcasts to the site's activation, such as `[d_model]`.
+        strength: factor; 0 changes nothing, and says so by `noop_ok`.
+    """
+
+    vector: Tensor
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.strength == 0:
+            object.__setattr__(self, "noop_ok", True)
+
+    def prepare(self, capture: Capture) -> Any:
+        if not self.vector.isfinite().all():
+            raise UserError(f"the vector to steer with at {self.site} is not finite")
+
+    def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        return activation + self.strength * self.vector.to(activation)
+
+
+@dataclass(frozen=True, eq=False)
+class Noise(Intervention):
+    """Add Gaussian noise, the same for a prompt and position in every run with this seed.
+
+    Attributes:
+        std: standard deviation, in the activation's units.
+        seed: of the draw.
+    """
+
+    std: float
+    seed: int = 0
+
+    def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        pos = self.reads.kind.dim(self.reads.kind.pos_axis)
+        shape = list(activation.shape)
+        shape[0], shape[pos] = len(rows.prompts), rows.prompts.n_pos
+        draw = torch.Generator().manual_seed(self.seed)
+        return activation + self.std * rows.of(torch.randn(shape, generator=draw), pos).to(activation)
+
+
+@dataclass(frozen=True, eq=False)
+class Apply(Intervention):
+    """A plain function of the live activation.
+
+    Attributes:
+        function: `(activation, site) -> new activation`; it sees all heads, rows and positions of the run.
+        to: site to write the value to; the same as `site` by default.
+    """
+
+    function: Callable[[Tensor, Site], Tensor]
+    to: Site | None = None
+
+    @property
+    def writes(self) -> Site:
+        return self.to or self.site
+
+    @property
+    def folds(self) -> bool:
+        return False
+
+    def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        # A clone: a function that edits in place must not hide its change from the no-op check.
+        return self.function(activation.clone(), self.site)

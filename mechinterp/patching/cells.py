@@ -1,0 +1,181 @@
+"""The cells of a sweep, and the runner that patches them with as little work as possible."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechinterp.errors import UserError
+from mechinterp.hooked import schedule, suffix
+from mechinterp.hooked.interventions import Rows
+from mechinterp.hooked.model import HookedModel
+from mechinterp.hooked.prompts import Prompts
+from mechinterp.hooked.sites import Site
+from mechinterp.hooked.suffix import Recording
+from mechinterp.metrics import Metric
+from mechinterp.tasks.pairs import PromptPairs
+
+Where = str | int | Sequence[str] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A set of positions: its label, and `[prompt pos]` bool."""
+
+    label: str | int
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to patch: a layer, a head where the site has heads, and the number of a spot."""
+
+    layer: int
+    head: int | None
+    spot: int
+
+
+def spots(pairs: PromptPairs, positions: Where) -> tuple[str | None, list[Spot]]:
+    """The axis that `positions` make (`pos`, `role` or None) and its spots.
+
+    Raises:
+        UserError: positions of no known kind, unknown roles, or "each" for prompts of several lengths.
+    """
+    prompts = pairs.clean
+    if positions == "all":
+        return None, [Spot("all", prompts.real)]
+    if positions == "last":
+        return None, [Spot("last", prompts.select(-1))]
+    if positions == "each":
+        if prompts.mask is not None:
+            raise UserError("positions 'each' needs prompts of one length; valid here: all, last, roles, role names")
+        return "pos", [Spot(i, prompts.select(i)) for i in range(prompts.n_pos)]
+    if positions == "roles":
+        if not pairs.roles:
+            raise UserError("positions 'roles' needs a task with roles; these pairs have none. Valid: all, each, last")
+        named: list[str | int] = list(pairs.roles)
+    elif isinstance(positions, str):
+        named = [int(p) if p.strip().lstrip("-").isdigit() else p.strip() for p in positions.split(",")]
+    else:
+        named = [positions] if isinstance(positions, int) else list(positions)
+    if all(isinstance(one, int) for one in named):
+        return "pos", [Spot(one, prompts.select(one)) for one in named]
+    unknown = [one for one in named if one not in pairs.roles]
+    if unknown:
+        roles = ", ".join(pairs.roles) or "none"
+        raise UserError(f"unknown positions {unknown[0]!r}; valid: all, each, last, roles, indices, or roles: {roles}")
+    return "role", [Spot(one, prompts.at_role(cast(str, one))) for one in named]
+
+
+@dataclass
+class CellRunner:
+    """Patches cells of one site into a base run, from any source prompts.
+
+    Attributes:
+        base: `[prompt]` metric of the base run: the value of every row that is not run.
+        clean: logits of the clean run for metrics that compare with it.
+        rows_run, rows_identical: (cell, prompt) rows that were run, and that needed no run.
+    """
+
+    model: HookedModel
+    pairs: PromptPairs
+    metric: Metric
+    prompts: Prompts
+    sites: Sequence[Site]
+    spots: Sequence[Spot]
+    base: Tensor
+    clean: Tensor | None
+    max_tokens: int | None = None
+    rows_run: int = 0
+    rows_identical: int = 0
+
+    def __post_init__(self) -> None:
+        self.read = self.metric.read(self.pairs)
+        self.folds = all(bound.intervention.folds for bound in self.model.in_force)
+        if self.max_tokens is None:
+            self.max_tokens = schedule.max_tokens(self.model, self.prompts.n_pos, self.read.columns is None)
+
+    def run(self, cells: Sequence[Cell], source: Prompts, label: str | None = None) -> Tensor:
+        """`[cell prompt]` metric of the base run with each cell set to its activation in `source`."""
+        values = self.base.expand(len(cells), -1).clone()
+        n = len(self.prompts)
+        at_once = schedule.prompts_to_record(self.model, self.prompts.n_pos, len(self.sites)) if self.folds else n
+        with tqdm(total=len(cells) * n, desc=label, disable=label is None, unit="run") as bar:
+            for index in torch.arange(n).split(at_once):
+                recording = suffix.record(self.model, self.prompts, self.sites, index)
+                sources = suffix.record(self.model, source, self.sites, index).activations
+                for site in self.sites:
+                    chosen = [i for i, cell in enumerate(cells) if cell.layer == site.layer]
+                    if chosen:
+                        self._run_layer(recording, sources[site.hook_name], site, cells, chosen, values)
+                        bar.update(len(chosen) * len(index))
+        return values
+
+    def _run_layer(
+        self, recording: Recording, source: Tensor, site: Site, cells: Sequence[Cell], chosen: list[int], values: Tensor
+    ) -> None:
+        """Fill `values[chosen]` for the recorded prompts."""
+        if source.isnan().any():
+            raise UserError(f"the source of the patch holds NaN at {site}")
+        index = recording.index.cpu()
+        changed = self._changed(recording.activations[site.hook_name], source, site).cpu()
+        where = torch.stack([self._touched(changed, cells[i], index) for i in chosen])  # [cell batch pos]
+        differs = where.any(-1)
+        cell_of, local = differs.nonzero(as_tuple=True)
+        self.rows_run += len(cell_of)
+        self.rows_identical += differs.numel() - len(cell_of)
+        for batch, start in self._batches(where, cell_of, local):
+            rows = Rows(recording.prompts, index[local[batch]].to(self.model.device), start)
+            these = [cells[chosen[i]] for i in cell_of[batch]]
+            edit = self._edit(source, site, these, recording)
+            logits = recording.logits(site.layer or 0, rows, self.read, {site.hook_name: edit}).cpu()
+            prompts = index[local[batch]]
+            clean = None if self.clean is None else self.clean[prompts]
+            got = self.metric(logits, self.pairs.answers.take(prompts), clean)
+            values[torch.tensor(chosen)[cell_of[batch]], prompts] = got.to(values)
+
+    def _changed(self, base: Tensor, source: Tensor, site: Site) -> Tensor:
+        """`[batch pos head]` bool (one head where the site has none): where the two activations differ."""
+        differs = (base != source).any(-1)
+        if site.kind.head_axis is None:
+            return differs[..., None]
+        return differs.transpose(1, 2) if site.kind.dim(site.kind.head_axis) == 1 else differs
+
+    def _touched(self, changed: Tensor, cell: Cell, index: Tensor) -> Tensor:
+        """`[batch pos]` bool: where patching the cell changes something."""
+        return changed[:, :, cell.head or 0] & self.spots[cell.spot].mask[index]
+
+    def _batches(self, where: Tensor, cell_of: Tensor, local: Tensor) -> list[tuple[Tensor, int]]:
+        """Rows of each call, as indices into `cell_of` and `local`, and the position that the call begins at."""
+        if not self.folds:  # a plain function in force must see every prompt, in order, from the first position
+            return [((cell_of == cell).nonzero().flatten(), 0) for cell in cell_of.unique()]
+        starts = where[cell_of, local].int().argmax(-1)
+        if self.read.positions is None or not self.model.levers.prefix:
+            starts = torch.zeros_like(starts)
+        else:
+            starts = torch.minimum(starts, self.read.positions.amin(1).cpu()[local])
+        assert self.max_tokens is not None
+        made = schedule.batches(starts, self.prompts.n_pos, self.max_tokens)
+        return [(batch, int(starts[batch].min())) for batch in made]
+
+    def _edit(self, source: Tensor, site: Site, cells: Sequence[Cell], recording: Recording) -> suffix.Edit:
+        """The function that puts each row's cell in place."""
+        kind = site.kind
+        pos_dim = kind.dim(kind.pos_axis)
+        masks = torch.stack([spot.mask for spot in self.spots])
+
+        def edit(activation: Tensor, rows: Rows) -> Tensor:
+            spot = torch.tensor([cell.spot for cell in cells])
+            at = masks[spot, rows.index.cpu()][:, rows.start :].to(activation.device)
+            selected = at.reshape([at.shape[d and 1] if d in (0, pos_dim) else 1 for d in range(activation.ndim)])
+            if kind.head_axis is not None:
+                head_dim = kind.dim(kind.head_axis)
+                heads = torch.tensor([cell.head for cell in cells])[:, None] == torch.arange(activation.shape[head_dim])
+                shape = [heads.shape[d and 1] if d in (0, head_dim) else 1 for d in range(activation.ndim)]
+                selected = selected & heads.to(activation.device).reshape(shape)
+            return torch.where(selected, recording.local(rows).of(source, pos_dim).to(activation), activation)
+
+        return edit

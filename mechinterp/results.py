@@ -1,0 +1,87 @@
+"""The base of every result: labelled arrays (xarray) in a frozen dataclass, with a table, a JSON form, and a file.
+
+Arrays are saved as safetensors, labels and provenance as JSON in the same file's metadata. NaN (undefined) becomes
+null in JSON.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mechinterp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Result:
+    """Labelled arrays with what they were made from.
+
+    Attributes:
+        data: arrays with axis words as dimensions; those over `prompt` are kept, so every mean can be taken again.
+        about: model, task, metric, direction, seed, …: plain JSON values.
+    """
+
+    data: xr.Dataset
+    about: Mapping[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        arrays = {str(name): np.ascontiguousarray(array.values) for name, array in self.data.data_vars.items()}
+        note = {
+            "kind": type(self).__name__,
+            "dims": {str(name): list(map(str, array.dims)) for name, array in self.data.data_vars.items()},
+            "coords": {str(name): coord.values.tolist() for name, coord in self.data.coords.items()},
+            "about": dict(self.about),
+        }
+        partial = Path(f"{path}.partial")
+        save_file(arrays, partial, metadata={"mechinterp_result": json.dumps(note)})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote. Raises UserError if the file is missing, damaged, or holds another kind of result."""
+        try:
+            with safe_open(path, framework="np") as file:
+                note = json.loads((file.metadata() or {}).get("mechinterp_result", "null"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read a result from {path}: {error}") from error
+        if note is None or note["kind"] != cls.__name__:
+            found = "no result" if note is None else f"a {note['kind']}"
+            raise UserError(f"{path} holds {found}, not a {cls.__name__}")
+        variables = {name: (note["dims"][name], array) for name, array in arrays.items()}
+        return cls(xr.Dataset(variables, coords=note["coords"]), note["about"])
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a cell: labels, then every array without a `prompt` axis."""
+        cells = self.data[[name for name, array in self.data.data_vars.items() if "prompt" not in array.dims]]
+        return cells.to_dataframe().reset_index()
+
+
+def plain(value: Any) -> Any:
+    """Nested lists and plain numbers for JSON; what is not finite becomes None."""
+    if isinstance(value, xr.DataArray):
+        value = value.values
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON without NaN; the file appears whole or not at all."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,7 @@
+"""Tasks: prompt pairs with answers and roles."""
+
+from mechinterp.tasks.induction import induction
+from mechinterp.tasks.ioi import ioi
+from mechinterp.tasks.pairs import PromptPairs
+
+__all__ = ["PromptPairs", "induction", "ioi"]
