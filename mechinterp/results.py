@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mechinterp.errors import UserError
+
+R = TypeVar("R", bound="Result")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Result:
         os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[R], path: str | Path) -> R:
         """Read what `save` wrote. Raises UserError if the file is missing, damaged, or holds another kind of result."""
         try:
             with safe_open(path, framework="np") as file:

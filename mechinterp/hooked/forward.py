@@ -10,6 +10,7 @@
 stream, edited, and what the edit makes of the head's q, k, v (or of the MLP's input) is written there.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -155,6 +156,10 @@ class Plan:
     def installed(self, rows: Rows) -> Iterator[None]:
         """The hooks, on the bridge, for the length of the context."""
         with ExitStack() as stack:
+            if any(name.endswith("hook_scale") for name in self.edits):
+                # The bridge warns that an edited scale takes its own path, at rounding's distance; that is what we ask.
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
             for name, edits in self.edits.items():
                 point = self.model.hook_points[name]
                 handle = point.add_hook(_hook(edits, rows))
