@@ -27,8 +27,7 @@ class Metric:
     def prepare(self, pairs: PromptPairs) -> PromptPairs:
         """The pairs that this metric runs on. Raises UserError if they are not of the kind that it needs."""
         if pairs.continuations is not None:
-            longest = max(pairs.continuations, key=len)
-            raise UserError(f"{self.name} needs answers of one token; found one of {len(longest)}. Valid: seq-logprob")
+            raise UserError(f"{self.name} needs answers of one token, but {pairs.long_answer}. Valid: seq-logprob")
         return pairs
 
     def columns(self, answers: Answers) -> Tensor | None:

@@ -92,14 +92,14 @@ def fetch(entry: EmbeddedModel, *, refetch: bool = False) -> Path:
     if final.exists() and not refetch:
         verify(entry, final)
         return final
-    _say(f"fetching {entry.name} ({entry.megabytes} MB, once) into {final} ...")
+    announce(f"fetching {entry.name} ({entry.megabytes} MB, once) into {final} ...")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _require_space(entry, final.parent)
         # Below the final folder's parent: a rename must not cross file systems.
         with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as scratch:
             gguf = _unpack(entry, _download(entry, Path(scratch)), Path(scratch))
-            _say(f"converting {entry.name} to safetensors (about half a minute, once) ...")
+            announce(f"converting {entry.name} to safetensors (about half a minute, once) ...")
             staged = Path(scratch) / "converted"
             _convert(entry, gguf, staged)
             _move(staged, final, Path(scratch))
@@ -157,7 +157,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _say(line: str) -> None:
+def announce(line: str) -> None:
+    """One line on stderr about something slow."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel, ModelInfo
 from mechinterp.models import pretrained
-from mechinterp.models.catalog import CATALOG, RECORD, fetch, folder_of, safetensors_fault
+from mechinterp.models.catalog import CATALOG, RECORD, announce, fetch, folder_of, safetensors_fault
 from mechinterp.models.planted import PLANTED
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -122,7 +122,7 @@ def _source(model: str | Path | nn.Module, dtype: torch.dtype, revision: str | N
             raise UserError(
                 f"{path} is a file, but not a .gguf one; give the folder that holds config.json and weights"
             )
-        pretrained.announce(f"dequantising {path.name} ...")
+        announce(f"dequantising {path.name} ...")
         return Source(*pretrained.read_gguf(path), "gguf", "dequantised GGUF")
     if isinstance(model, Path) or not _is_hub_name(name):
         found = "the folder has no config.json" if path.is_dir() else "no such folder or GGUF file"
@@ -132,7 +132,7 @@ def _source(model: str | Path | nn.Module, dtype: torch.dtype, revision: str | N
     fault = pretrained.hub_fault(name, revision)
     if fault:
         raise UserError(f"cannot load the model {name!r}: {fault}{_nearest(name)}")
-    pretrained.announce(f"fetching {name} from the hub ...")
+    announce(f"fetching {name} from the hub ...")
     return Source(*pretrained.read(name, dtype, local=False, revision=revision), "hub", _at(revision))
 
 
@@ -149,7 +149,7 @@ def _given(module: nn.Module) -> Source:
     if module.get_output_embeddings() is None:
         raise UserError(f"the given {found} has no unembedding; give the model with its language-modelling head")
     module.set_attn_implementation("eager")
-    return Source(module, None, "module", found)
+    return Source(module, None, "module", "")
 
 
 def _folder(folder: Path, dtype: torch.dtype) -> pretrained.Read:

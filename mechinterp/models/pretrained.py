@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import sys
 import urllib.error
 import urllib.request
 import warnings
@@ -198,11 +197,6 @@ def hub_fault(name: str, revision: str | None) -> str | None:
         return f"it is not a local name, and {constants.ENDPOINT} cannot be reached ({error.reason})"
     except OSError as error:
         return f"it is not a local name, and {constants.ENDPOINT} cannot be reached ({error or type(error).__name__})"
-
-
-def announce(line: str) -> None:
-    """One line on stderr about something slow."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

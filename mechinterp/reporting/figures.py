@@ -89,7 +89,7 @@ def heatmap(
     )  # fmt: skip
     _mark_undefined(figure, z, cells, names, meta)
     _mark_passing(figure, cells)
-    figure.update_layout(**_layout(title, height=len(y) * ROW_HEIGHT + TOP + BOTTOM))
+    figure.update_layout(**_layout(title, height=max(len(y) * ROW_HEIGHT, 132) + TOP + BOTTOM))
     figure.update_layout(meta={"max_width": max(420, 150 + 56 * len(x))})
     figure.update_xaxes(**_category_axis(x, x_title), side="bottom", range=[-0.5, len(x) - 0.5])
     figure.update_yaxes(**_category_axis(y, y_title), range=[len(y) - 0.5, -0.5])
@@ -187,7 +187,7 @@ def small_multiples(figures: Mapping[str, go.Figure], *, columns: int = 2, title
         joint.update_xaxes(figure.layout.xaxis.to_plotly_json(), row=row, col=column)
         joint.update_yaxes(figure.layout.yaxis.to_plotly_json(), row=row, col=column)
         if column > 1 and figure.layout.yaxis.title.text == first.layout.yaxis.title.text:
-            joint.update_yaxes(title=None, row=row, col=column)  # said once a row
+            joint.update_yaxes(title_text="", row=row, col=column)  # said once a row
     joint.update_layout(**_layout(title, height=total))
     widths = [figure.layout.meta["max_width"] for figure in figures.values()]
     joint.update_layout(meta={"max_width": min(1100, max(widths) * columns), "min_width": 230 * columns})

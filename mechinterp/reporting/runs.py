@@ -182,7 +182,7 @@ def _lock(path: Path) -> None:
             # too, unless this very process holds the lock.
             if path in _held or (pid is not None and pid != os.getpid() and _is_alive(pid)):
                 raise UserError(
-                    f"the run {path.parent} is open in another process (pid {pid}); wait for it, or delete {path} "
+                    f"the run {path.parent} is open already (pid {pid}); wait for it, or delete {path} "
                     "if that process is not a run"
                 ) from None
             path.unlink(missing_ok=True)

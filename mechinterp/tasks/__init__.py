@@ -1,7 +1,8 @@
 """Tasks: prompt pairs with answers and roles."""
 
+from mechinterp.tasks.file import from_file
 from mechinterp.tasks.induction import induction
 from mechinterp.tasks.ioi import ioi
 from mechinterp.tasks.pairs import PromptPairs
 
-__all__ = ["PromptPairs", "induction", "ioi"]
+__all__ = ["PromptPairs", "from_file", "induction", "ioi"]

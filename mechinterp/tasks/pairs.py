@@ -92,6 +92,7 @@ class PromptPairs:
             order: the control of a sweep patches from it. None if there is none.
         seed: that the pairs were drawn with.
         continuations: where answers have several tokens, their token ids by prompt (see `teacher_forced`).
+        long_answer: the first such answer and its split, for messages.
         source: what the pairs were made from: settings, or a file and its hash.
     """
 
@@ -103,6 +104,7 @@ class PromptPairs:
     donor: Prompts | None = None
     seed: int = 0
     continuations: Sequence[Sequence[int]] | None = None
+    long_answer: str | None = None
     source: Mapping[str, str | int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -178,7 +180,7 @@ class PromptPairs:
             for more in self.continuations
         ]
         return replace(
-            self, clean=sides[0], corrupted=sides[1], answers=Answers.build(targets), donor=None, continuations=None
+            self, clean=sides[0], corrupted=sides[1], answers=Answers.build(targets), donor=None, continuations=None, long_answer=None
         )
 
 
@@ -189,23 +191,6 @@ def labelled(model: HookedModel, prompts: Prompts, i: int) -> list[tuple[str, li
     return [
         (text, [name for name, at in prompts.roles.items() if int(at[i]) == start + j]) for j, text in enumerate(texts)
     ]
-
-
-def single_token(model: HookedModel, text: str, what: str) -> int:
-    """The token id of an answer.
-
-    Raises:
-        UserError: it is not one token; the split is shown.
-    """
-    ids = model.encode(text, bos=False)
-    if len(ids) != 1:
-        split = " | ".join(repr(t) for t in model.token_strings(ids)) or "nothing"
-        hint = "" if text.startswith(" ") else "; answers usually begin with a space"
-        raise UserError(
-            f"{what} {text!r} is {len(ids)} tokens: {split}. A logit difference compares single tokens; use the metric "
-            f"seq-logprob for longer answers{hint}"
-        )
-    return ids[0]
 
 
 def assemble(

@@ -5,10 +5,7 @@ import pytest
 
 from mechinterp.reporting import AttentionView, Prompt, Report, Section, Table, bars, heatmap, small_multiples
 
-TOKENS = (
-    "When",
-    *[" Mary", " and", " John", " went", " to", " the", " store", ",", " John", " gave", " a", " drink", " to"],
-)
+TOKENS = tuple("When| Mary| and| John| went| to| the| store|,| John| gave| a| drink| to".split("|"))  # noqa: SIM905
 ROLES = (None, "IO", None, "S1", "S1+1", None, None, None, None, "S2", None, None, None, "END")
 HOSTILE = '</script><script>alert(1)</script><b onclick="alert(2)">'
 
@@ -27,7 +24,8 @@ def synthetic_report() -> Report:
     facts = {"n": 64, "baseline": "clean 3.52, corrupted −3.41", "direction": "denoise"}
     heads_figure = heatmap(
         effect, range(heads), range(layers), ci_low=effect - 0.03, ci_high=effect + 0.03,
-        control=control, passes=passes, labels=names, facts=facts, title="Heads at END, denoising", x_title="head", y_title="layer",
+        control=control, passes=passes, labels=names, facts=facts, title="Heads at END, denoising",
+        x_title="head", y_title="layer",
     )  # fmt: skip
     top = np.array([effect[cell] for cell in order])
     bar_figure = bars(

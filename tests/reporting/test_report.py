@@ -88,11 +88,9 @@ def test_undefined_is_null_and_nan_is_never_written(report, page, parsed):
     saved = json.loads(page.with_name("report.json").read_text(), **refuse)
     json.loads(data_of(parsed), **refuse)
     assert saved["manifest"]["loss"] is None
-    table = Table(("a",), ((float("inf"),), (np.float32(0.5),)))
-    rows = Report("t", "q", "a", "h", "c", sections=(Section("s", table=table),)).payload()["sections"][0]["table"][
-        "rows"
-    ]
-    assert rows == [[None], [0.5]]
+    table = Table(("a",), ((float("inf"),), (np.float64(0.5),)))
+    payload = Report("t", "q", "a", "h", "c", sections=(Section("s", table=table),)).payload()
+    assert payload["sections"][0]["table"]["rows"] == [[None], [0.5]]
 
 
 def test_rebuild_gives_the_same_page(report, page, tmp_path):

@@ -118,16 +118,8 @@ def test_manifest_says_what_made_the_numbers(tmp_path):
         assert read_manifest(run)["finished"] is None
         assert run.finish() == run.path
     manifest = read_manifest(run)
-    assert manifest.keys() >= {
-        "started",
-        "finished",
-        "seconds",
-        "peak_memory_bytes",
-        "argv",
-        "git",
-        "platform",
-        "threads",
-    }
+    assert manifest.keys() >= {"started", "finished", "seconds", "peak_memory_bytes"}
+    assert manifest.keys() >= {"argv", "git", "platform", "threads"}
     assert manifest["versions"].keys() == {"python", "torch", "transformers", "transformer-lens", "mechinterp"}
     assert manifest["seeds"] == {"seed": 3} and manifest["inputs"] == {"model": "abc"}
     assert manifest["peak_memory_bytes"] > 1e6 and manifest["finished"] >= manifest["started"]
@@ -170,7 +162,7 @@ def test_no_checkout_is_no_error(tmp_path, monkeypatch):
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):
-    with Run.open("e", Config(), tmp_path) as run, pytest.raises(UserError, match="open in another process"):
+    with Run.open("e", Config(), tmp_path) as run, pytest.raises(UserError, match="open already"):
         Run.open("e", Config(), tmp_path)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         (run.path / "lock").write_text(str(other.pid))
