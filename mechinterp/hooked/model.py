@@ -84,8 +84,9 @@ class HookedModel:
 
     @cached_property
     def n_parameters(self) -> int:
-        """Weights, tied ones counted once."""
-        return sum(p.numel() for p in {id(p): p for p in self.bridge.parameters()}.values())
+        """Weights, tied ones counted once, and so are q, k, v where the bridge keeps them apart and joined."""
+        named = self.bridge.original_model.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if ".qkv." not in name)
 
     def header(self) -> str:
         """One line that every command prints: name, what it is, size, device, dtype, BOS, weights."""

@@ -19,7 +19,7 @@ class SweepResult(Result):
 
     `data` holds, over the cell's axes (`layer`, then `head` or `kv_head`, then `pos` or `role`):
     `effect` (0 the base run, 1 the source run), `ci_low` and `ci_high` (95%), `control` (the effect of a patch from a
-    donor prompt, of the largest cells), `passes` (beyond the sign-flip threshold, and the interval of the difference to
+    donor prompt, which `about["control"]` describes, of the largest cells), `passes` (beyond the sign-flip threshold, and the interval of the difference to
     the donor excludes 0), and `patched` with a further axis `prompt`; over `prompt` alone: `base` and `source`, the
     metric of the two runs.
     """
@@ -70,6 +70,7 @@ class SweepResult(Result):
             "control": plain(self.data["control"]),
             "passes": plain(self.data["passes"]),
             **{name: self.about[name] for name in ("bos", "seed", "task", "corruption", "scope", "pairs", "header")},
+            "control_prompts": self.about["control"],
             "in_force": self.about["in_force"],
         }
 

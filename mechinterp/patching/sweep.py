@@ -6,7 +6,7 @@
 3. Rows of one layer are batched and replayed from that layer on (cells.py, hooked/suffix.py).
 4. The effect of a cell is a ratio of means over prompts: (patched − base) / (source run − base): 0 is the base run, 1
    the run that the activation comes from.
-5. Controls: a sign-flip threshold over all cells, and, for the largest, a patch from a donor prompt.
+5. Controls: a sign-flip threshold over all cells, and, for the largest, a patch from a donor prompt (`_donor`).
 
 Vig et al. 2020; Meng et al. 2022; Heimersheim & Nanda 2024 on directions and normalisation.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from mechinterp.errors import UserError
 from mechinterp.evaluation import read_logits, require_behaviour, templates_of
 from mechinterp.hooked.model import HookedModel
+from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import KINDS, Site
 from mechinterp.metrics import Metric, as_metric
 from mechinterp.patching.cells import Cell, CellRunner, Spot, Where, spots
@@ -89,11 +90,13 @@ def sweep(
     heads = range(model.axis_size(sites[0])) if sites[0].kind.head_axis else [None]
     cells = [Cell(s.layer or 0, head, spot) for s in sites for head in heads for spot in range(len(chosen))]
     patched = runner.run(cells, source, f"{site} {direction}" if progress else None).double().numpy()
-    arrays, threshold = _statistics(runner, cells, patched, end, templates_of(pairs), seed)
+    donor, control = _donor(pairs, direction)
+    arrays, threshold = _statistics(runner, cells, patched, end, donor, templates_of(pairs), seed)
     labels = _labels(model, sites, axis, chosen)
     about = _about(model, given, metric, site, direction, positions, seed) | {
         "baseline": {"clean": float(ends[0].mean()), "corrupted": float(ends[1].mean())},
         "threshold": threshold,
+        "control": control,
         "scope": interval_scope(templates_of(pairs)),
         "rows_run": runner.rows_run,
         "rows_identical": runner.rows_identical,
@@ -113,8 +116,28 @@ def _sites(model: HookedModel, name: str, layers: Sequence[int] | None) -> list[
     return [model.resolve(Site(name, layer), write=True) for layer in wanted]
 
 
+def _donor(pairs: PromptPairs, direction: Direction) -> tuple[Prompts | None, str]:
+    """The prompts that the control patches from, and what they are.
+
+    Denoising claims that a cell brings *this* answer: a prompt with another answer must not do it. Noising claims that
+    what differs between the pair matters there: a prompt with the same answer in other words must not hurt.
+    """
+    if direction == "noise" and pairs.same_answer is not None:
+        return pairs.same_answer, "the same names in the same order, in other words"
+    if pairs.donor is not None:
+        return pairs.donor, "other names, another order"
+    others = pairs.other_prompts()
+    return others, "another pair's clean prompt" if others is not None else "none: no other pair has the same length"
+
+
 def _statistics(
-    runner: CellRunner, cells: Sequence[Cell], patched: np.ndarray, end: Tensor, clusters: np.ndarray | None, seed: int
+    runner: CellRunner,
+    cells: Sequence[Cell],
+    patched: np.ndarray,
+    end: Tensor,
+    donor: Prompts | None,
+    clusters: np.ndarray | None,
+    seed: int,
 ) -> tuple[dict[str, np.ndarray], float]:
     """Arrays by cell, in the order of `cells`, and the threshold that an effect must exceed."""
     base = runner.base.double().numpy()
@@ -124,7 +147,6 @@ def _statistics(
     defined = bool(np.isfinite(effect.estimate).all())
     threshold = sign_flip_threshold(change, clusters, seed=seed) / abs(whole.mean()) if defined else float("nan")
     control, passes = np.full(len(cells), np.nan), np.zeros(len(cells), dtype=bool)
-    donor = runner.pairs.donor if runner.pairs.donor is not None else runner.pairs.other_prompts()
     if donor is not None and defined:
         top = np.argsort(-np.abs(effect.estimate), kind="stable")[:CONTROLLED]
         top = top[effect.estimate[top] != 0]

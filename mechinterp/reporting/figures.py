@@ -163,7 +163,7 @@ def small_multiples(figures: Mapping[str, go.Figure], *, columns: int = 2, title
     columns = min(columns, len(figures))
     first = next(iter(figures.values()))
     n_rows = -(-len(figures) // columns)
-    grids = {name: [t for t in figure.data if _is_grid(t)] for name, figure in figures.items()}
+    grids: dict[str, list[Any]] = {name: [t for t in f.data if _is_grid(t)] for name, f in figures.items()}
     empty = [name for name, traces in grids.items() if not traces]
     if empty:
         raise UserError(f"small_multiples takes heatmaps of effects; {empty[0]!r} holds none")
@@ -179,7 +179,8 @@ def small_multiples(figures: Mapping[str, go.Figure], *, columns: int = 2, title
     )  # fmt: skip
     for index, (name, figure) in enumerate(figures.items()):
         row, column = index // columns + 1, index % columns + 1
-        for trace in copy.deepcopy(figure.data):
+        traces: Any = copy.deepcopy(figure.data)
+        for trace in traces:
             if _is_grid(trace):
                 trace.update(zmin=-limit, zmax=limit, showscale=index == 0, meta={**trace.meta, "title": name})
                 trace.colorbar.update(len=min(1.0, 320 / total), yanchor="top", y=1)

@@ -156,8 +156,9 @@
       element.querySelector(".numbers")?.addEventListener("toggle", (event) => this.fillTable(event.target), { once: true });
     }
 
-    draw(theme = root.dataset.theme) {
-      const shown = themed(this.figure, theme, this.selection);
+    draw(width = undefined) {
+      const shown = themed(this.figure, root.dataset.theme, this.selection);
+      if (width) shown.layout.width = Math.min(width, this.canvas.clientWidth);
       if (this.title) { // the page shows the title above the figure
         delete shown.layout.title;
         const legend = shown.layout.showlegend, panels = (shown.layout.annotations || []).length;
@@ -367,10 +368,10 @@
   document.querySelectorAll(".attention").forEach((element) => new Attention(element, data.attention[element.dataset.attention], element.dataset.attention));
 
   const button = document.getElementById("theme");
-  function setTheme(theme) {
+  function setTheme(theme, width) {
     root.dataset.theme = theme;
     button.textContent = theme === "dark" ? "Light theme" : "Dark theme";
-    plots.forEach((plot) => plot.draw());
+    plots.forEach((plot) => plot.draw(width));
   }
   button.addEventListener("click", () => {
     setTheme(root.dataset.theme === "dark" ? "light" : "dark");
@@ -378,8 +379,8 @@
   });
   setTheme(root.dataset.theme);
 
-  let before = null; // paper is white
-  addEventListener("beforeprint", () => { before = root.dataset.theme; setTheme("light"); });
+  let before = null; // paper is white, and 680 px wide where it is narrow
+  addEventListener("beforeprint", () => { before = root.dataset.theme; setTheme("light", 680); });
   addEventListener("afterprint", () => { if (before) setTheme(before); before = null; });
 
   const copy = document.getElementById("copy");

@@ -49,7 +49,8 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
 
     Returns:
         Pairs with roles IO, S1, S1+1, S2, END. The wrong answer is the subject. The donor of a pair has the same
-        template, the other order, and names that occur in neither of its sides.
+        template, the other order, and names that occur in neither of its sides; its `same_answer` prompt has the same
+        names in the same order, with another place and object.
 
     Raises:
         UserError: too few names, places or objects are single tokens, or the corruption is unknown.
@@ -62,7 +63,7 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
     names = _single(model, NAMES, "names", 8)
     places, objects = _single(model, PLACES, "places", 2), _single(model, OBJECTS, "objects", 2)
     kinds = [(t, abba) for t in range(len(TEMPLATES)) for abba in (True, False)]
-    clean, corrupted, donor, donor_roles, roles, targets, templates = [], [], [], [], [], [], []
+    clean, corrupted, donor, donor_roles, same_answer, roles, targets, templates = [], [], [], [], [], [], [], []
     for i in range(n):
         if i % len(kinds) == 0:
             draw.shuffle(kinds)
@@ -79,6 +80,11 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
         other, other_at = _fill(model, template, words, other_io, other_s, other_s, not abba)
         donor.append(other)
         donor_roles.append(other_at)
+        elsewhere = {
+            "place": draw.choice([place for place in places if place != words["place"]]),
+            "object": draw.choice([thing for thing in objects if thing != words["object"]]),
+        }
+        same_answer.append(_fill(model, template, elsewhere, io, s, s, abba)[0])
         roles.append(at)
         templates.append(template)
         answer, wrong = model.encode(f" {io}", bos=False)[0], model.encode(f" {s}", bos=False)[0]
@@ -86,7 +92,7 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
     source = {"task": "ioi", "n": n, "seed": seed, "corruption": corruption}
     return assemble(
         model, "ioi", corruption, clean, corrupted, roles, targets,
-        donor=(donor, donor_roles), templates=templates, seed=seed, source=source,
+        donor=(donor, donor_roles), same_answer=same_answer, templates=templates, seed=seed, source=source,
     )  # fmt: skip
 
 

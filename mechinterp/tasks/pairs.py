@@ -4,6 +4,7 @@ A pair is a clean prompt, which has the behaviour, a corrupted one of the same l
 is asked: the answer and the wrong answer at one or more target positions. Roles name positions.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -88,8 +89,10 @@ class PromptPairs:
         corruption: how the corrupted side was made.
         clean, corrupted: the prompts, with roles and templates.
         answers: what is asked.
-        donor: another prompt for each pair, of the same length, with other names and (where the task has one) another
-            order: the control of a sweep patches from it. None if there is none.
+        donor: another clean prompt for each pair, of the same length, with other names and (where the task has one)
+            another order: the control of a denoising sweep patches from it. None if there is none.
+        same_answer: another clean prompt for each pair with the same answer, in other words: the control of a noising
+            sweep, for which a donor of another answer would be a corruption like any other.
         seed: that the pairs were drawn with.
         continuations: where answers have several tokens, their token ids by prompt (see `teacher_forced`).
         long_answer: the first such answer and its split, for messages.
@@ -102,6 +105,7 @@ class PromptPairs:
     corrupted: Prompts
     answers: Answers
     donor: Prompts | None = None
+    same_answer: Prompts | None = None
     seed: int = 0
     continuations: Sequence[Sequence[int]] | None = None
     long_answer: str | None = None
@@ -115,6 +119,13 @@ class PromptPairs:
         """Names of the roles."""
         return tuple(self.clean.roles)
 
+    def hash(self) -> str:
+        """sha256 of the tokens of both sides and of what is asked."""
+        digest = hashlib.sha256()
+        for tensor in (self.clean.tokens, self.clean.real, self.corrupted.tokens, *vars(self.answers).values()):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def take(self, index: Tensor) -> "PromptPairs":
         """Some of the pairs, at the same width."""
         keep = None if self.continuations is None else [self.continuations[int(i)] for i in index]
@@ -124,12 +135,13 @@ class PromptPairs:
             corrupted=self.corrupted.take(index),
             answers=self.answers.take(index),
             donor=None if self.donor is None else self.donor.take(index),
+            same_answer=None if self.same_answer is None else self.same_answer.take(index),
             continuations=keep,
         )
 
     def other_prompts(self) -> Prompts | None:
-        """For each pair the clean prompt of another one, of the same length and with another answer; None if one has
-        none. What the control of a sweep patches from where the task has no donors."""
+        """For each pair the clean prompt of another one, of the same length and with another answer: what the control
+        of a sweep patches from where the task has no donors. None if some pair has no such partner."""
         answer, wrong, padding = self.answers.answer[:, 0, 0], self.answers.wrong[:, 0, 0], self.clean.padding
         chosen = []
         for i in range(len(self)):
@@ -180,7 +192,8 @@ class PromptPairs:
             for more in self.continuations
         ]
         return replace(
-            self, clean=sides[0], corrupted=sides[1], answers=Answers.build(targets), donor=None, continuations=None, long_answer=None
+            self, clean=sides[0], corrupted=sides[1], answers=Answers.build(targets), donor=None, same_answer=None,
+            continuations=None, long_answer=None,
         )
 
 
@@ -203,13 +216,14 @@ def assemble(
     targets: Sequence[Sequence[Target]],
     *,
     donor: tuple[Sequence[Sequence[int]], Sequence[Mapping[str, int]]] | None = None,
+    same_answer: Sequence[Sequence[int]] | None = None,
     templates: Sequence[int] | None = None,
     bos: bool | None = None,
     **extra: object,
 ) -> PromptPairs:
     """Prompt pairs from token lists without BOS; role and target positions count from the first of these tokens.
 
-    `donor` holds token lists and their roles. `bos` None follows the model: the BOS is put in front and every position
+    `donor` holds token lists and their roles, `same_answer` token lists with the roles of the pairs. `bos` None follows the model: the BOS is put in front and every position
     moves by one. `extra` are further fields of PromptPairs.
 
     Raises:
@@ -242,5 +256,6 @@ def assemble(
         side(corrupted, roles),
         Answers.build(moved),
         donor=None if donor is None else side(*donor),
+        same_answer=None if same_answer is None else side(same_answer, roles),
         **extra,  # type: ignore[arg-type]
     )

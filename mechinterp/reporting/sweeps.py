@@ -1,0 +1,124 @@
+"""Sweeps in a report: heatmaps (layers down, heads, roles or positions across), tables, prompts and attention."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from mechinterp.hooked.model import HookedModel
+from mechinterp.hooked.prompts import Prompts
+from mechinterp.hooked.sites import Site
+from mechinterp.patching.result import SweepResult
+from mechinterp.reporting.figures import heatmap, largest, small_multiples
+from mechinterp.reporting.report import AttentionView, Prompt, Section, Table
+from mechinterp.results import plain
+from mechinterp.tasks.pairs import PromptPairs, labelled
+
+ACROSS = ("head", "kv_head", "role", "pos")
+TITLES = {"head": "head", "kv_head": "key/value head", "role": "token role", "pos": "position"}
+
+
+def sweep_figure(result: SweepResult, zmax: float | None = None, title: str | None = None) -> go.Figure:
+    """The effects of a sweep as heatmaps on one colour scale, which ends at `zmax` (the largest effect by default)."""
+    zmax = zmax if zmax is not None else largest(result.data["effect"].values)
+    axes = [dim for dim in ACROSS if dim in result.dims]
+    if len(axes) == 2:  # heads × (roles or positions)
+        inner, outer = axes
+        panels = {
+            str(label): _panel(result, {outer: label}, inner, zmax, "") for label in result.data[outer].values.tolist()
+        }
+        return small_multiples(panels, columns=min(3, len(panels)), title=title or _title(result))
+    return _panel(result, {}, axes[0] if axes else None, zmax, title or _title(result))
+
+
+def _title(result: SweepResult) -> str:
+    about = result.about
+    verb = "denoising" if about["direction"] == "denoise" else "noising"
+    return f"{about['site']}, {verb}, {about['corruption']} (n={about['n_prompts']})"
+
+
+def _panel(result: SweepResult, at: dict[str, object], across: str | None, zmax: float, title: str) -> go.Figure:
+    """One layer × `across` heatmap; a single column where there is no second axis."""
+    data = result.data.sel(at) if at else result.data
+    layers = data["layer"].values.tolist()
+    columns = data[across].values.tolist() if across else [str(result.about["positions"])]
+
+    def grid(name: str) -> np.ndarray:
+        return data[name].values.reshape(len(layers), len(columns))
+
+    labels = [
+        [result.label({"layer": layer, **at, **({across: column} if across else {})}) for column in columns]
+        for layer in layers
+    ]
+    shown = result.about.get("pos_labels") if across == "pos" else columns
+    baseline = result.about["baseline"]
+    control = grid("control")
+    return heatmap(
+        grid("effect"),
+        x=shown or columns,
+        y=layers,
+        ci_low=grid("ci_low"),
+        ci_high=grid("ci_high"),
+        control=control,
+        passes=[
+            [bool(ok) if tested else None for ok, tested in zip(*row, strict=True)]
+            for row in zip(grid("passes"), np.isfinite(control), strict=True)
+        ],
+        labels=labels,
+        facts={
+            "metric": result.about["metric"],
+            "clean": f"{baseline['clean']:.3f}",
+            "corrupted": f"{baseline['corrupted']:.3f}",
+            "n": result.about["n_prompts"],
+            "threshold": f"{result.about['threshold']:.3f}",
+            "control patches from": result.about["control"],
+        },
+        title=title,
+        x_title=TITLES[across] if across else "",
+        y_title="layer",
+        zmax=zmax,
+    )
+
+
+def sweep_sections(heading: str, text: str, sweeps: Sequence[SweepResult]) -> list[Section]:
+    """One section of a report: the heatmaps of several sweeps on one colour scale, and a table of their largest cells."""
+    zmax = largest(*(sweep.data["effect"].values for sweep in sweeps))
+    figures = tuple(sweep_figure(sweep, zmax) for sweep in sweeps)
+    summaries = "\n\n".join(f"{sweep.about['corruption']}: {sweep.summary()}" for sweep in sweeps)
+    return [Section(heading, f"{text}\n\n{summaries}", figures=figures, table=sweep_table(sweeps))]
+
+
+def sweep_table(sweeps: Sequence[SweepResult], n: int = 12) -> Table:
+    """The largest cells of some sweeps with interval and controls."""
+    rows = []
+    for sweep in sweeps:
+        for row in sweep.top(max(1, n // len(sweeps))).to_dict("records"):
+            way = f"{sweep.about['direction']}, {sweep.about['corruption']}"
+            numbers = [plain(row[name]) for name in ("effect", "ci_low", "ci_high", "control")]
+            rows.append((row["cell"], way, *numbers, "yes" if row["passes"] else "no"))
+    columns = ("cell", "sweep", "effect", "low", "high", "donor", "passes both")
+    return Table(columns, tuple(rows), "Largest cells, with 95% intervals.", max_rows=n)
+
+
+def prompt_preview(model: HookedModel, pairs: PromptPairs, n: int) -> tuple[Prompt, ...]:
+    """The first pairs by token, clean and corrupted, with their roles."""
+    shown = []
+    for i in range(min(n, len(pairs))):
+        answer, wrong = (model.token_strings(ids[i, 0, :1])[0] for ids in (pairs.answers.answer, pairs.answers.wrong))
+        asked = f"{answer}, not {wrong}" if pairs.answers.has_wrong else answer
+        for label, prompts in (("clean", pairs.clean), (f"corrupted ({pairs.corruption})", pairs.corrupted)):
+            tokens = labelled(model, prompts, i)
+            roles = tuple("/".join(roles) or None for _, roles in tokens)
+            shown.append(Prompt(tuple(text for text, _ in tokens), roles, label=label, answer=asked))
+    return tuple(shown)
+
+
+def attention_view(model: HookedModel, prompts: Prompts, heads: Sequence[str], notes: Sequence[str]) -> AttentionView:
+    """Attention patterns of heads such as "L9H6" on the first prompt."""
+    start = int(prompts.padding[0])
+    first = Prompts(prompts.tokens[:1, start:], bos=prompts.bos)
+    places = [tuple(int(part) for part in head.removeprefix("L").split("H")) for head in heads]
+    _, cache = model.run_with_cache(first, [Site("pattern", layer) for layer in sorted({layer for layer, _ in places})])
+    patterns = np.stack([cache["pattern", layer][0, head].float().cpu().numpy() for layer, head in places])
+    tokens = tuple(model.token_strings(first.tokens[0]))
+    return AttentionView(tokens, tuple(heads), patterns, tuple(notes), "Attention on the first clean prompt.")
