@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 REFERENCE = Path(__file__).parent / "reference"
 CORRUPTIONS = ("swapped-subject", "new-names")
 # Attention that names a head: query role, key role.
-LOOKS = (("END", "IO"), ("END", "S2"), ("END", "S1"), ("S2", "S1"), ("S2", "S1+1"), ("S1+1", "S1"))
+LOOKS = (
+    ("END", "IO"), ("END", "S2"), ("END", "S1"), ("END", "END"), ("S2", "S1"), ("S2", "S1+1"), ("S1+1", "S1"),
+)  # fmt: skip
 # Of heads that write next to nothing themselves: they act on other heads.
 MOVERS_OF_OTHERS = {
     ("END", "S2"): "S-inhibition",
@@ -160,11 +162,12 @@ def name_heads(model: mi.HookedModel, pairs: "PromptPairs", heads: list[tuple[in
 
 def head_name(attention: list[float], direct: float) -> str:
     """A head's name from its `LOOKS` and its direct share of the logit difference."""
-    at_end = max(range(3), key=lambda i: attention[i])
     if abs(direct) >= WRITES_AT_LEAST:
-        if attention[at_end] < LOOKS_AT_LEAST:
-            return "writer, looks elsewhere" if direct > 0 else "negative writer, looks elsewhere"
-        if LOOKS[at_end][1] == "IO":
+        weight, key = max((weight, key) for weight, (query, key) in zip(attention, LOOKS, strict=True) if query == "END")
+        if weight < LOOKS_AT_LEAST or key == "END":
+            where = "looks elsewhere" if weight < LOOKS_AT_LEAST else "looks at END"
+            return f"writer, {where}" if direct > 0 else f"negative writer, {where}"
+        if key == "IO":
             return "name mover" if direct > 0 else "negative name mover"
         return "subject suppressor" if direct > 0 else "subject mover"
     looks = {look: weight for look, weight in zip(LOOKS, attention, strict=True) if look in MOVERS_OF_OTHERS}
@@ -251,7 +254,7 @@ def _report(
     dropped: list[str],
     config: Config,
 ) -> "mi.reporting.Report":
-    from mechinterp.reporting.sweeps import attention_view, prompt_preview, sweep_sections
+    from mechinterp.reporting.sweeps import attention_view, prompt_preview, sweep_section
 
     groups = {
         "Heads at END": [n for n in sweeps if n.startswith("heads_end")],
@@ -265,10 +268,9 @@ def _report(
         "by token role.",
     }
     sections = [
-        section
+        sweep_section(heading, texts[heading], [sweeps[name] for name in names])
         for heading, names in groups.items()
         if names
-        for section in sweep_sections(heading, texts[heading], [sweeps[name] for name in names])
     ]
     view = attention_view(model, pairs["swapped-subject"].clean, [h["head"] for h in named], [h["name"] for h in named])
     heads = mi.reporting.Section(

@@ -12,7 +12,7 @@ from mechinterp.hooked import schedule, suffix
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.suffix import Read
-from mechinterp.metrics import LogitDiff, Metric, Prob, as_metric
+from mechinterp.metrics import Function, LogitDiff, Metric, Prob, as_metric
 from mechinterp.statistics import Interval, bootstrap_ratio, interval_scope
 from mechinterp.tasks.pairs import PromptPairs
 
@@ -75,7 +75,7 @@ class Baseline:
         metric: name.
         clean, corrupted: mean of the metric, with its interval.
         accuracy: share of prompts whose answer beats the wrong answer (clean side); None without wrong answers.
-        prob: mean probability of the answer (clean side).
+        prob: mean probability of the answer (clean side); None where answers are not single tokens.
         n: prompts.
         scope: what the intervals generalise over.
     """
@@ -84,7 +84,7 @@ class Baseline:
     clean: Interval
     corrupted: Interval
     accuracy: float | None
-    prob: float
+    prob: float | None
     n: int
     scope: str
 
@@ -93,24 +93,35 @@ class Baseline:
             return f"{float(interval.estimate):.2f} [{float(interval.low):.2f}, {float(interval.high):.2f}]"
 
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.0%}"
+        prob = "" if self.prob is None else f", P(answer) {self.prob:.2f}"
         return (
-            f"clean {self.metric} {show(self.clean)}, corrupted {show(self.corrupted)}{accuracy}, "
-            f"P(answer) {self.prob:.2f}, n={self.n} (95% {self.scope})"
+            f"clean {self.metric} {show(self.clean)}, corrupted {show(self.corrupted)}{accuracy}{prob}, "
+            f"n={self.n} (95% {self.scope})"
         )
 
 
 def baseline(model: HookedModel, pairs: PromptPairs, metric: Metric | str | None = None, seed: int = 0) -> Baseline:
     """Metric of the clean and the corrupted prompts, accuracy and probability of the answer, with intervals."""
     metric = as_metric(metric)
-    sides = [evaluate(model, pairs, metric, side).double().numpy() for side in ("clean", "corrupted")]
+    ready = metric.prepare(pairs)
+    # The whole vocabulary of the clean run, once: accuracy and probability come from it too.
+    clean = read_logits(model, ready.clean, Read(metric.read(ready).positions))
+    corrupted = read_logits(model, ready.corrupted, metric.read(ready))
+    sides = metric(_columns(clean, metric.read(ready)), ready.answers, clean), metric(corrupted, ready.answers, clean)
     clusters = templates_of(pairs)
-    intervals = [bootstrap_ratio(values, clusters=clusters, seed=seed) for values in sides]
-    accuracy, prob = None, float("nan")
-    if pairs.continuations is None:
-        prob = float(evaluate(model, pairs, Prob()).mean())
+    intervals = [bootstrap_ratio(values.double().numpy(), clusters=clusters, seed=seed) for values in sides]
+    accuracy, prob = None, None
+    if pairs.continuations is None and not isinstance(metric, Function):
+        prob = float(Prob()(clean, ready.answers).mean())
         if pairs.answers.has_wrong:
-            accuracy = float((evaluate(model, pairs, LogitDiff()) > 0).double().mean())
+            gap = LogitDiff()(_columns(clean, LogitDiff().read(ready)), ready.answers)
+            accuracy = float((gap > 0).double().mean())
     return Baseline(metric.name, *intervals, accuracy, prob, len(pairs), interval_scope(clusters))
+
+
+def _columns(logits: Tensor, read: Read) -> Tensor:
+    """The columns that a metric reads, out of the whole vocabulary."""
+    return logits if read.columns is None else logits.gather(-1, read.columns)
 
 
 def templates_of(pairs: PromptPairs) -> np.ndarray | None:

@@ -10,7 +10,7 @@
 All on random tokens; each value is a largest absolute difference, relative to the scale of what is compared.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -54,7 +54,7 @@ class Identity:
     note: str
 
 
-class _Skip(Exception):  # noqa: N818 (control flow, not an error)
+class _Skip(Exception):
     """An identity that says nothing about this model, and why."""
 
 
@@ -118,6 +118,11 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).abs().max()) / scale
 
 
+def _largest(gaps: Sequence[float]) -> float:
+    """The maximum, NaN if one of them is NaN (which Python's max may pass over)."""
+    return float(torch.tensor(gaps, dtype=torch.float64).max())
+
+
 # The identities
 
 
@@ -160,12 +165,10 @@ def _noop(model: HookedModel, prompts: Prompts) -> tuple[float, str]:
     base = model(prompts)
     layers = {None, *_sample_layers(model)}
     sites = [site for site in model.site_list if site.layer in layers and _writable(model, site)]
-    worst, where = 0.0, ""
-    for site in sites:
-        gap = relative(model(prompts, [Patch(site, prompts, noop_ok=True)]), base)
-        if not gap <= worst:
-            worst, where = gap, f", largest at {site}"
-    return worst, f"{len({site.name for site in sites})} sites, {len(sites)} runs" + (where or ", all exactly equal")
+    gaps = [relative(model(prompts, [Patch(site, prompts, noop_ok=True)]), base) for site in sites]
+    worst = _largest(gaps)
+    where = "all exactly equal" if worst == 0 else f"largest at {sites[int(torch.tensor(gaps).argmax())]}"
+    return worst, f"{len({site.name for site in sites})} sites, {len(sites)} runs, {where}"
 
 
 def _sum(model: HookedModel, prompts: Prompts) -> tuple[float, str]:
@@ -177,7 +180,7 @@ def _sum(model: HookedModel, prompts: Prompts) -> tuple[float, str]:
     cache = model.run_with_cache(prompts, parts)[1]
     gaps = [gap for layer in range(model.n_layers) for gap in _sums_of_layer(cache, layer)]
     kind = "sequential" if "resid_mid" in names else "parallel" if "mlp_out" in names else "attention-only"
-    return max(gaps), f"{kind} blocks, {model.n_layers} layers"
+    return _largest(gaps), f"{kind} blocks, {model.n_layers} layers"
 
 
 def _sums_of_layer(cache: Cache, layer: int) -> Iterator[float]:
@@ -203,7 +206,7 @@ def _pattern(model: HookedModel, prompts: Prompts) -> tuple[float, str]:
     cache = model.run_with_cache(padded, ["pattern"])[1]
     real = padded.real
     gaps = [float((cache[name].double().sum(-1).transpose(1, 2)[real] - 1).abs().max()) for name in cache]
-    return max(gaps), f"{len(gaps)} layers, padded prompts"
+    return _largest(gaps), f"{len(gaps)} layers, padded prompts"
 
 
 def _suffix(model: HookedModel, prompts: Prompts) -> tuple[float, str]:
@@ -228,7 +231,7 @@ def _padding(model: HookedModel, prompts: Prompts) -> tuple[float, str]:
     for i in range(len(padded)):
         real = padded.real[i]
         gaps.append(relative(together[i][real], model(padded.tokens[i][real][None])[0]))
-    return max(gaps), f"up to {int(padded.padding.max())} padding tokens on the left"
+    return _largest(gaps), f"up to {int(padded.padding.max())} padding tokens on the left"
 
 
 # What they are measured on

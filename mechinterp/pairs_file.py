@@ -4,6 +4,7 @@ One object a line: `clean`, `corrupted`, `answer`, `wrong`, and optionally `role
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_pairs_file(path: str | Path) -> list[Line]:
         raise UserError(f"no such pairs file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read pairs from {path}: {error}") from error
-    lines = [_line(path, number, raw) for number, raw in enumerate(text.splitlines(), 1) if raw.strip()]
+    lines = [_line(path, number, raw) for number, raw in enumerate(text.split("\n"), 1) if raw.strip()]
     if not lines:
         raise UserError(f"{path} holds no pairs; one JSON object a line with {', '.join(FIELDS[:4])} is expected")
     return lines
@@ -73,6 +74,9 @@ def _line(path: str | Path, number: int, raw: str) -> Line:
             raise UserError(f"{where} has both 'targets' and 'answer'/'wrong'; give one of them")
         if not isinstance(targets, list) or not targets or not all(isinstance(t, dict) for t in targets):
             raise UserError(f"{where}: 'targets' must be a list of objects with pos, answer, wrong; found {targets!r}")
+        strange = {key for target in targets for key in target} - {"pos", "answer", "wrong"}
+        if strange:
+            raise UserError(f"{where}: 'targets' have unknown fields {sorted(strange)}; valid: pos, answer, wrong")
         questions = [_question(where, target, _index(where, "pos", target.get("pos"))) for target in targets]
     else:
         questions = [_question(where, entry, None)]
@@ -100,8 +104,10 @@ def _weighted(where: str, name: str, value: Any) -> dict[str, float]:
     items = value.items() if isinstance(value, dict) else [value] if isinstance(value, str) else value
     weighted: dict[str, float] = {}
     for item in items if isinstance(items, list) or isinstance(value, dict) else [items]:
-        text, weight = (item, 1.0) if isinstance(item, str) else (item if isinstance(item, list | tuple) else (None, 0))
-        good = isinstance(text, str) and text and isinstance(weight, int | float) and weight > 0
+        pair = isinstance(item, list | tuple) and len(item) == 2
+        text, weight = (item, 1.0) if isinstance(item, str) else item if pair else (None, 0)
+        number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+        good = isinstance(text, str) and text and number and weight > 0
         if not good:
             raise UserError(
                 f"{where}: {name!r} must be a text, a list of texts, or of [text, weight > 0]; found {value!r}"

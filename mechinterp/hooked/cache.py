@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from mechinterp.errors import UserError
 from mechinterp.hooked.sites import KINDS, Site
 
-NamesFilter = str | Site | Sequence[str | Site | tuple[str, int]] | Callable[[str], bool] | None
+NamesFilter = str | Site | tuple[str, int] | Sequence[str | Site | tuple[str, int]] | Callable[[str], bool] | None
 
 
 class Cache(Mapping[str, Tensor]):
@@ -35,6 +36,8 @@ class Cache(Mapping[str, Tensor]):
             have = ", ".join(sorted({Site.from_hook(name).name for name in self._tensors})) or "nothing"
             raise UserError(f"{site} is not in this cache, which holds: {have}")
         tensor = self._tensors[site.hook_name]
+        if site.neurons is not None:
+            tensor = tensor[..., site.neuron if isinstance(site.neuron, int) else list(site.neurons)]
         if site.heads is None or site.kind.head_axis is None:
             return tensor
         dim = site.kind.dim(site.kind.head_axis)
@@ -111,8 +114,9 @@ def select(names_filter: NamesFilter, available: Sequence[Site], n_layers: int) 
         if not chosen:
             raise UserError("names_filter matched no site; hook names look like " + available[-1].hook_name)
         return chosen
-    wanted = [names_filter] if isinstance(names_filter, str | Site) else list(names_filter)
-    chosen = []
+    one = isinstance(names_filter, str | Site) or (len(names_filter) == 2 and isinstance(names_filter[1], int))
+    wanted: list[Any] = [names_filter] if one else list(names_filter)  # type: ignore[arg-type]
+    chosen: list[Site] = []
     for want in wanted:
         site = want if isinstance(want, Site) else Cache._site(want)
         if site.layer is not None and site.layer < 0:

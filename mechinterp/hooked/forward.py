@@ -11,7 +11,7 @@ stream, edited, and what the edit makes of the head's q, k, v (or of the MLP's i
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Edit = Callable[[Tensor, Rows], Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class Bound:
     """An intervention on a given model: its value is ready, and it counts what it did."""
 
@@ -50,9 +50,11 @@ class Bound:
     def edit(self, activation: Tensor, rows: Rows) -> Tensor:
         """The activation at the written site after the intervention."""
         held, self._held = self._held, None
+        if held is None and self.reads.hook_name != self.writes.hook_name:
+            raise UserError(f"nothing can be written to {self.writes}: {self.reads}, which it is read from, comes later")
         new = held if held is not None else self.intervention.new_value(activation, self.state, rows)
         if self.writes.basis is not None:
-            new = activation + (new - activation) @ _projector(self.writes.basis.to(activation))
+            new = activation + (new - activation) @ _projector(self.writes.basis).to(activation)
         selected = self._selection(activation, rows)
         new = new.expand_as(activation) if selected is None else torch.where(selected, new, activation)
         self.fired = True
@@ -89,6 +91,7 @@ class Bound:
 
 def _projector(basis: Tensor) -> Tensor:
     """`[d d]` orthogonal projection onto the span of the rows of `basis` `[n d]`."""
+    basis = basis.float()  # no inverse exists in half precision
     return torch.linalg.pinv(basis) @ basis
 
 
@@ -129,21 +132,32 @@ class Plan:
         self.edits.setdefault(hook_name, []).append(edit)
 
     @classmethod
-    def of(cls, model: "HookedModel", bound: Sequence[Bound], record: Sequence[Site] = (), into: Any = None) -> "Plan":
-        """Edits of interventions, then of the sites that are computed from others, then records."""
+    def of(
+        cls,
+        model: "HookedModel",
+        bound: Sequence[Bound],
+        record: Sequence[Site] = (),
+        into: Any = None,
+        edits: Mapping[str, Edit] | None = None,
+    ) -> "Plan":
+        """What interventions do, then `edits` by hook name, then records; sites computed from others among them."""
+        edits = edits or {}
         plan = cls(model)
         virtual: dict[str, tuple[Site, list[Edit]]] = {}
         for one in bound:
             if one.reads.hook_name != one.writes.hook_name:
                 plan._add_at(one.reads, one.read, virtual)
             plan._add_at(one.writes, one.edit, virtual)
+        for name, edit in edits.items():
+            plan._add_at(Site.from_hook(name), edit, virtual)
         for site in record:
             plan._add_at(site, _recorder(site.hook_name, into), virtual)
-        for site, edits in virtual.values():
+        edited = {one.writes.hook_name for one in bound} | set(edits)
+        for site, at_site in virtual.values():
             scale = Site("ln2_scale" if site.name == "mlp_in" else "ln1_scale", site.layer).hook_name
-            if scale in plan.edits:
+            if scale in edited and site.hook_name in edited:
                 raise UserError(f"{site} and the scale of its norm cannot be changed in one run: {scale} would be lost")
-            _add_virtual(plan, site, edits, writes=any(b.writes.hook_name == site.hook_name for b in bound))
+            _add_virtual(plan, site, at_site, writes=site.hook_name in edited)
         return plan
 
     def _add_at(self, site: Site, edit: Edit, virtual: dict[str, tuple[Site, list[Edit]]]) -> None:
@@ -173,7 +187,7 @@ def _hook(edits: Sequence[Edit], rows: Rows) -> Callable[..., Tensor | None]:
 
     def hook(activation: Tensor, hook: Any) -> Tensor | None:
         # OPT flattens batch and pos before its second norm: give every edit [batch pos ...].
-        flat = activation.ndim == 2 and activation.shape[0] != len(rows.index)
+        flat = activation.ndim == 2
         shaped = activation.unflatten(0, (len(rows.index), -1)) if flat else activation
         new = shaped
         for edit in edits:
@@ -214,6 +228,8 @@ def _add_virtual(plan: Plan, site: Site, edits: list[Edit], writes: bool) -> Non
         if site.name != "mlp_in":
             weight, bias = plan.model.projection(site)
             made = torch.einsum("bphd,hde->bphe", made, weight) + bias
+        if new.requires_grad:
+            return made  # a gradient exists also where an edit's value is the old one, as with a vector of zeros
         # Where the input was not edited the model's own value stays, bit for bit.
         edited = (new != old).any(-1, keepdim=True)
         return torch.where(edited, made, activation)
@@ -221,7 +237,8 @@ def _add_virtual(plan: Plan, site: Site, edits: list[Edit], writes: bool) -> Non
     plan.add(plan.model.resid_read_by(site), read)
     if writes:
         target = "mlp.hook_in" if site.name == "mlp_in" else f"attn.hook_{site.name[0]}"
-        plan.add(f"{block}.{target}", write)
+        # First of all: what is done to q, k or v itself, and its record, comes after what is done to their inputs.
+        plan.edits.setdefault(f"{block}.{target}", []).insert(0, write)
 
 
 def run(

@@ -38,10 +38,24 @@ class Rows:
         """Every prompt once, from position 0."""
         return cls(prompts, torch.arange(len(prompts), device=prompts.tokens.device))
 
+    def whole_shape(self, activation: Tensor, pos_dim: int) -> tuple[int, ...]:
+        """Shape of the activation if it held all prompts and all positions."""
+        shape = list(activation.shape)
+        shape[0], shape[pos_dim] = len(self.prompts), self.prompts.n_pos
+        return tuple(shape)
+
     def of(self, per_prompt: Tensor, pos_dim: int) -> Tensor:
         """Rows and positions of a tensor that holds all prompts first and all positions at `pos_dim`."""
         rows = per_prompt[self.index.to(per_prompt.device)]
         return rows.narrow(pos_dim, self.start, rows.shape[pos_dim] - self.start)
+
+
+def _require_same_padding(source: Prompts, prompts: Prompts, what: str) -> None:
+    """Raise UserError where padding would be put in the place of tokens."""
+    lengths = [p.n_pos - p.padding.cpu() for p in (source, prompts)]
+    if not torch.equal(*lengths):
+        i = int((lengths[0] != lengths[1]).nonzero()[0])
+        raise UserError(f"{what} has {int(lengths[0][i])} tokens for prompt {i}, which has {int(lengths[1][i])}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,12 +186,14 @@ class Patch(Intervention):
 
     def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
         pos = self.reads.kind.dim(self.reads.kind.pos_axis)
-        fits = state.ndim == activation.ndim and state.shape[0] == len(rows.prompts)
-        if not fits or state.shape[pos] != rows.prompts.n_pos:
+        expected = rows.whole_shape(activation, pos)
+        if tuple(state.shape) != expected:
             raise UserError(
                 f"a patch at {self.site} has shape {tuple(state.shape)}; the run has {len(rows.prompts)} prompts of "
-                f"{rows.prompts.n_pos} positions, axes {' '.join(self.site.kind.axes)}"
+                f"{rows.prompts.n_pos} positions and needs {expected}, axes {' '.join(self.site.kind.axes)}"
             )
+        if isinstance(self.source, Prompts):
+            _require_same_padding(self.source, rows.prompts, f"the source of a patch at {self.site}")
         return rows.of(state, pos).to(activation)
 
 
@@ -200,7 +216,9 @@ class Resample(Intervention):
         pos = self.reads.kind.dim(self.reads.kind.pos_axis)
         if state.shape[pos] != rows.prompts.n_pos:
             raise UserError(f"Resample is over {state.shape[pos]} positions, the run has {rows.prompts.n_pos}")
-        return rows.of(state[self.donors(len(rows.prompts))], pos).to(activation)
+        donors = self.donors(len(rows.prompts))
+        _require_same_padding(self.over.take(donors), rows.prompts, "a donor of Resample")
+        return rows.of(state[donors], pos).to(activation)
 
     def donors(self, n: int) -> Tensor:
         """`[prompt]` which prompt of `over` each of n prompts takes; never its own number."""
@@ -233,7 +251,13 @@ class Steer(Intervention):
             raise UserError(f"the vector to steer with at {self.site} is not finite")
 
     def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
-        return activation + self.strength * self.vector.to(activation)
+        pos = self.reads.kind.dim(self.reads.kind.pos_axis)
+        shape = rows.whole_shape(activation, pos)
+        try:
+            vector = self.vector.to(activation).expand(shape)
+        except RuntimeError:
+            raise UserError(f"a vector of shape {tuple(self.vector.shape)} does not fit {self.site}: {shape}") from None
+        return activation + self.strength * rows.of(vector, pos)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,10 +274,9 @@ class Noise(Intervention):
 
     def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
         pos = self.reads.kind.dim(self.reads.kind.pos_axis)
-        shape = list(activation.shape)
-        shape[0], shape[pos] = len(rows.prompts), rows.prompts.n_pos
         draw = torch.Generator().manual_seed(self.seed)
-        return activation + self.std * rows.of(torch.randn(shape, generator=draw), pos).to(activation)
+        noise = torch.randn(rows.whole_shape(activation, pos), generator=draw)
+        return activation + self.std * rows.of(noise, pos).to(activation)
 
 
 @dataclass(frozen=True, eq=False)

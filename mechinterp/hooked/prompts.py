@@ -108,7 +108,7 @@ class Prompts:
 
     def _at(self, index: Tensor) -> Tensor:
         """`[prompt pos]` bool from `[prompt k]` indices that do not count padding."""
-        padding = self.padding[:, None]
+        padding = self.padding[:, None].cpu()
         at = torch.where(index < 0, index + self.n_pos, index + padding)
         bad = (at < padding) | (at >= self.n_pos)
         if bad.any():
@@ -118,6 +118,11 @@ class Prompts:
         return torch.zeros_like(self.tokens, dtype=torch.bool).cpu().scatter_(1, at, True).to(self.tokens.device)
 
     def to(self, device: torch.device | str) -> "Prompts":
-        """The same prompts with tokens and mask on `device`."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, tokens=self.tokens.to(device), mask=mask)
+        """The same prompts on `device`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+            roles={name: at.to(device) for name, at in self.roles.items()},
+            template=None if self.template is None else self.template.to(device),
+        )

@@ -7,6 +7,7 @@ which is exact on every family, also where TransformerLens's own flags raise or 
 """
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -130,10 +131,14 @@ class Site:
             raise UserError(f"site {self.name!r} has axes {' '.join(self.kind.axes)}: no heads, but head={self.head}")
         if self.basis is not None and (self.basis.ndim != 2 or not self.basis.isfinite().all()):
             raise UserError(f"basis must be finite, of shape [n d]; found shape {tuple(self.basis.shape)}")
+        if self.layer is not None:
+            object.__setattr__(self, "layer", operator.index(self.layer))
         for name in ("head", "neuron"):
             value = getattr(self, name)
             if isinstance(value, Iterable):
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, tuple(operator.index(i) for i in value))
+            elif value is not None:
+                object.__setattr__(self, name, operator.index(value))  # integers of numpy and torch, from tables
 
     @property
     def kind(self) -> SiteKind:

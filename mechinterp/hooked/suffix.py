@@ -126,9 +126,7 @@ class Recording:
         Returns:
             `[batch target column]`, or `[batch pos d_vocab]` when everything is read.
         """
-        plan = Plan.of(self.model, self.bound)
-        for name, edit in edits.items():
-            plan.add(name, edit)
+        plan = Plan.of(self.model, self.bound, edits=edits)
         wanted = read.of(rows.index)
         with plan.installed(rows):
             if not self.levers.replay:
@@ -142,7 +140,12 @@ class Recording:
 
     def _restart(self, layer: int) -> int:
         """Earlier than `layer` where an intervention in force reads earlier what it writes there."""
-        crossing = [b.reads.layer for b in self.bound if (b.reads.layer or 0) < layer <= (b.writes.layer or 0)]
+        end = self.model.n_layers  # the final norm, in no layer, comes after all of them
+        crossing = [
+            b.reads.layer
+            for b in self.bound
+            if (b.reads.layer or 0) < layer <= (end if b.writes.layer is None else b.writes.layer)
+        ]
         return min([layer, *[first for first in crossing if first is not None]])
 
     def base_logits(self, read: Read) -> Tensor:
@@ -225,7 +228,7 @@ def record(
         levers: to use; those that hold on the model by default.
     """
     levers = levers or model.levers
-    if any(b.reads.layer is None and b.writes.layer is not None for b in model.in_force):
+    if any(b.reads.layer is None and b.reads.hook_name != b.writes.hook_name for b in model.in_force):
         levers = Levers(False, False, False)  # what is read at the embeddings must be read again in every run
     prompts = prompts.to(model.device)
     rows = Rows.all(prompts) if index is None else Rows(prompts, index.to(model.device))

@@ -61,6 +61,8 @@ def spots(pairs: PromptPairs, positions: Where) -> tuple[str | None, list[Spot]]
         named = [int(p) if p.strip().lstrip("-").isdigit() else p.strip() for p in positions.split(",")]
     else:
         named = [positions] if isinstance(positions, int) else list(positions)
+    if not named:
+        raise UserError("no positions given; valid: all, each, last, roles, role names, indices")
     if all(isinstance(one, int) for one in named):
         return "pos", [Spot(one, prompts.select(one)) for one in named]
     unknown = [one for one in named if one not in pairs.roles]
@@ -94,7 +96,8 @@ class CellRunner:
 
     def __post_init__(self) -> None:
         self.read = self.metric.read(self.pairs)
-        self.folds = all(bound.intervention.folds for bound in self.model.in_force)
+        # A plain function, in force or as the metric, must see every prompt, in order, from the first position.
+        self.folds = all(bound.intervention.folds for bound in self.model.in_force) and self.read.positions is not None
         if self.max_tokens is None:
             self.max_tokens = schedule.max_tokens(self.model, self.prompts.n_pos, self.read.columns is None)
 
@@ -124,6 +127,8 @@ class CellRunner:
         changed = self._changed(recording.activations[site.hook_name], source, site).cpu()
         where = torch.stack([self._touched(changed, cells[i], index) for i in chosen])  # [cell batch pos]
         differs = where.any(-1)
+        if not self.folds:
+            differs = differs.any(-1, keepdim=True).expand_as(differs)
         cell_of, local = differs.nonzero(as_tuple=True)
         self.rows_run += len(cell_of)
         self.rows_identical += differs.numel() - len(cell_of)
@@ -150,13 +155,13 @@ class CellRunner:
 
     def _batches(self, where: Tensor, cell_of: Tensor, local: Tensor) -> list[tuple[Tensor, int]]:
         """Rows of each call, as indices into `cell_of` and `local`, and the position that the call begins at."""
-        if not self.folds:  # a plain function in force must see every prompt, in order, from the first position
+        if not self.folds:
             return [((cell_of == cell).nonzero().flatten(), 0) for cell in cell_of.unique()]
         starts = where[cell_of, local].int().argmax(-1)
-        if self.read.positions is None or not self.model.levers.prefix:
+        if not self.model.levers.prefix:
             starts = torch.zeros_like(starts)
-        else:
-            starts = torch.minimum(starts, self.read.positions.amin(1).cpu()[local])
+        assert self.read.positions is not None
+        starts = torch.minimum(starts, self.read.positions.amin(1).cpu()[local])
         assert self.max_tokens is not None
         made = schedule.batches(starts, self.prompts.n_pos, self.max_tokens)
         return [(batch, int(starts[batch].min())) for batch in made]

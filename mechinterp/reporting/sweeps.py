@@ -21,14 +21,16 @@ TITLES = {"head": "head", "kv_head": "key/value head", "role": "token role", "po
 def sweep_figure(result: SweepResult, zmax: float | None = None, title: str | None = None) -> go.Figure:
     """The effects of a sweep as heatmaps on one colour scale, which ends at `zmax` (the largest effect by default)."""
     zmax = zmax if zmax is not None else largest(result.data["effect"].values)
+    title = title if title is not None else _title(result)
     axes = [dim for dim in ACROSS if dim in result.dims]
-    if len(axes) == 2:  # heads × (roles or positions)
-        inner, outer = axes
-        panels = {
-            str(label): _panel(result, {outer: label}, inner, zmax, "") for label in result.data[outer].values.tolist()
-        }
-        return small_multiples(panels, columns=min(3, len(panels)), title=title or _title(result))
-    return _panel(result, {}, axes[0] if axes else None, zmax, title or _title(result))
+    if len(axes) < 2:
+        return _panel(result, {}, axes[0] if axes else None, zmax, title)
+    inner, outer = axes  # heads × (roles or positions)
+    places = result.data[outer].values.tolist()
+    if len(places) == 1:
+        return _panel(result, {outer: places[0]}, inner, zmax, title)
+    panels = {str(place): _panel(result, {outer: place}, inner, zmax, "") for place in places}
+    return small_multiples(panels, columns=min(3, len(panels)), title=title)
 
 
 def _title(result: SweepResult) -> str:
@@ -80,12 +82,15 @@ def _panel(result: SweepResult, at: dict[str, object], across: str | None, zmax:
     )
 
 
-def sweep_sections(heading: str, text: str, sweeps: Sequence[SweepResult]) -> list[Section]:
-    """One section of a report: the heatmaps of several sweeps on one colour scale, and a table of their largest cells."""
+def sweep_section(heading: str, text: str, sweeps: Sequence[SweepResult]) -> Section:
+    """One section of a report: the heatmaps of several sweeps on one colour scale, and a table of their largest cells.
+
+    Every sweep must be one panel: no more than one role or position where its cells have heads.
+    """
     zmax = largest(*(sweep.data["effect"].values for sweep in sweeps))
-    figures = tuple(sweep_figure(sweep, zmax) for sweep in sweeps)
-    summaries = "\n\n".join(f"{sweep.about['corruption']}: {sweep.summary()}" for sweep in sweeps)
-    return [Section(heading, f"{text}\n\n{summaries}", figures=figures, table=sweep_table(sweeps))]
+    panels = {_title(sweep): sweep_figure(sweep, zmax, title="") for sweep in sweeps}
+    figure = small_multiples(panels, columns=2 if "head" in sweeps[0].dims else 3, title=heading)
+    return Section(heading, text, figures=(figure,), table=sweep_table(sweeps))
 
 
 def sweep_table(sweeps: Sequence[SweepResult], n: int = 12) -> Table:
@@ -105,7 +110,7 @@ def prompt_preview(model: HookedModel, pairs: PromptPairs, n: int) -> tuple[Prom
     shown = []
     for i in range(min(n, len(pairs))):
         answer, wrong = (model.token_strings(ids[i, 0, :1])[0] for ids in (pairs.answers.answer, pairs.answers.wrong))
-        asked = f"{answer}, not {wrong}" if pairs.answers.has_wrong else answer
+        asked = f"{answer.strip()}, not {wrong.strip()}" if pairs.answers.has_wrong else answer.strip()
         for label, prompts in (("clean", pairs.clean), (f"corrupted ({pairs.corruption})", pairs.corrupted)):
             tokens = labelled(model, prompts, i)
             roles = tuple("/".join(roles) or None for _, roles in tokens)

@@ -32,6 +32,9 @@ def from_lines(
     targets, whole, long = [], [], None
     for line, tokens in zip(lines, clean, strict=True):
         answers = {text: model.encode(text, bos=False) for q in line.questions for text in (*q.answer, *q.wrong)}
+        for text, ids in answers.items():
+            if not ids:
+                raise UserError(f"line {line.number}: {text!r} is no token at all under this tokenizer")
         longer = [text for text, ids in answers.items() if len(ids) != 1]
         if longer:
             if len(line.questions) > 1 or len(line.questions[0].answer) > 1:
@@ -40,6 +43,10 @@ def from_lines(
             long = long or f"{longer[0]!r} of line {line.number} is {len(answers[longer[0]])} tokens: {split}"
         whole.append(answers[next(iter(line.questions[0].answer))])
         targets.append([_target(line, q, answers, len(tokens)) for q in line.questions])
+    for line, tokens in zip(lines, clean, strict=True):
+        last = [q.pos is None or _at(line, "pos", q.pos, len(tokens)) == len(tokens) - 1 for q in line.questions]
+        if long and last != [True]:
+            raise UserError(f"line {line.number} asks before the end, which answers of several tokens ({long}) cannot")
     roles = [{role: _at(line, role, at, len(t)) for role, at in line.roles.items()} for line, t in zip(lines, clean, strict=True)]
     return assemble(
         model, name, "given", clean, corrupted, roles, targets,

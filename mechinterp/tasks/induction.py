@@ -20,7 +20,7 @@ def induction(model: HookedModel, n: int = 32, seed: int = 0, length: int = 12) 
         length: distinct tokens before the repeated one, at least 6.
 
     Returns:
-        Pairs with roles A1, B1 (its successor), C1, D1 and END.
+        Pairs with a BOS where the model has one, and roles A1, B1 (its successor), C1, D1 and END.
 
     Raises:
         UserError: the vocabulary is too small for `length`, or `length` is below 6.
@@ -35,7 +35,9 @@ def induction(model: HookedModel, n: int = 32, seed: int = 0, length: int = 12) 
         tokens = draw.sample(vocabulary, length)
         a = draw.randrange(1, length - 3)
         c = draw.randrange(a + 2, length - 1)
-        other = draw.sample(vocabulary, length)
+        used = set(tokens)
+        others = [i for i in vocabulary if i not in used] if len(vocabulary) >= 2 * length else vocabulary
+        other = draw.sample(others, length)
         swapped = list(tokens)
         swapped[a], swapped[c] = tokens[c], tokens[a]
         clean.append([*tokens, tokens[a]])
@@ -46,5 +48,5 @@ def induction(model: HookedModel, n: int = 32, seed: int = 0, length: int = 12) 
     source = {"task": "induction", "n": n, "seed": seed, "length": length}
     return assemble(
         model, "induction", "swapped-predecessors", clean, corrupted, roles, targets,
-        donor=(donor, roles), seed=seed, source=source, bos=False,
+        donor=(donor, roles), seed=seed, source=source,
     )  # fmt: skip

@@ -62,12 +62,13 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
     draw = random.Random(seed)
     names = _single(model, NAMES, "names", 8)
     places, objects = _single(model, PLACES, "places", 2), _single(model, OBJECTS, "objects", 2)
-    kinds = [(t, abba) for t in range(len(TEMPLATES)) for abba in (True, False)]
+    order, kinds = list(range(len(TEMPLATES))), list[tuple[int, bool]]()
     clean, corrupted, donor, donor_roles, same_answer, roles, targets, templates = [], [], [], [], [], [], [], []
     for i in range(n):
-        if i % len(kinds) == 0:
-            draw.shuffle(kinds)
-        template, abba = kinds[i % len(kinds)]
+        if not kinds:  # every template once, the orders in turn; then every template in its other order
+            draw.shuffle(order)
+            kinds = [(t, (at + late) % 2 == 0) for late in (0, 1) for at, t in enumerate(order)]
+        template, abba = kinds.pop(0)
         words = {"place": draw.choice(places), "object": draw.choice(objects)}
         io, s, other_io, other_s, *three = draw.sample(names, 7)
         text, at = _fill(model, template, words, io, s, s, abba)
@@ -98,7 +99,9 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
 
 def _single(model: HookedModel, words: list[str], what: str, at_least: int) -> list[str]:
     """The words that are one token after a space."""
-    kept = [word for word in words if len(model.encode(f" {word}", bos=False)) == 1]
+    ids = [model.encode(f" {word}", bos=False) for word in words]
+    # Its text is compared because a tokenizer of words makes one `<unk>` of any name.
+    kept = [w for w, i in zip(words, ids, strict=True) if len(i) == 1 and model.token_strings(i)[0].strip() == w]
     if len(kept) < at_least:
         raise UserError(
             f"the tokenizer of {model.info.name} has {len(kept)} of our {len(words)} {what} as single tokens; the task "
