@@ -272,7 +272,7 @@ def _report(
         for heading, names in groups.items()
         if names
     ]
-    view = attention_view(model, pairs["swapped-subject"].clean, [h["head"] for h in named], [h["name"] for h in named])
+    view = attention_view(model, pairs["swapped-subject"].clean, {h["head"]: h["name"] for h in named}) if named else None
     heads = mi.reporting.Section(
         "The heads that were found", "What each head attends to and writes, on the clean prompts.",
         table=_table(named), attention=view,

@@ -18,10 +18,11 @@ from mechinterp.hooked.sites import KINDS, Site
 from mechinterp.models import load, local_names
 from mechinterp.models.catalog import CATALOG, fetch
 from mechinterp.patching import SweepResult, sweep
-from mechinterp.reporting import Prompt, Report, Section, Table, rebuild
+from mechinterp.reporting import Report, Section, Table, rebuild
 from mechinterp.reporting.page import render
+from mechinterp.reporting.sweeps import prompt_preview
 from mechinterp.results import plain, write_json
-from mechinterp.tasks.pairs import PromptPairs, labelled
+from mechinterp.tasks.pairs import PromptPairs
 
 N_DEFAULT = 32
 TOP = 12  # rows of the printed table
@@ -186,7 +187,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text == "–" or text.lstrip("-+").replace(".", "", 1).replace("e-", "", 1).replace("e+", "", 1).isdigit()
+    if text == "–":
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _shown(value: Any) -> str:
@@ -228,7 +235,7 @@ def _sweep_report(
 ) -> Report:
     """One page: the question, the finding, the baseline, the prompts, the figure and the top cells."""
     about = result.about
-    verb = "restores" if about["direction"] == "denoise" else "destroys"
+    verb = "restore" if about["direction"] == "denoise" else "destroy"
     columns, rows = _top(result)
     packages = ("torch", "transformers", "transformer-lens")
     figures = Section(
@@ -239,12 +246,12 @@ def _sweep_report(
     )
     return Report(
         title=f"patch {about['site']} · {about['model']}",
-        question=f"Which {about['site']} of {about['model']} {verb} the {about['metric']} of {about['task']}?",
+        question=f"Which cells of {about['site']} in {about['model']} {verb} the {about['metric']} of {about['task']}?",
         answer=result.summary(),
         header=f"{about['header']} · n = {about['n_prompts']}",
         command=command,
         baseline=_baseline_rows(before),
-        prompts=_prompts(model, pairs),
+        prompts=prompt_preview(model, pairs, 2),
         sections=(figures,),
         caveats=_caveats(result),
         manifest={
@@ -264,21 +271,9 @@ def _baseline_rows(before: Baseline) -> tuple[tuple[str, str], ...]:
     ]
     if before.accuracy is not None:
         rows.append(("accuracy", f"{before.accuracy:.0%}"))
-    if np.isfinite(before.prob):
+    if before.prob is not None and np.isfinite(before.prob):
         rows.append(("P(answer)", f"{before.prob:.2f}"))
     return (*rows, ("n", str(before.n)))
-
-
-def _prompts(model: HookedModel, pairs: PromptPairs) -> tuple[Prompt, ...]:
-    """Both sides of the first pair."""
-    answer = pairs.answers.answer[0, 0][pairs.answers.answer_weight[0, 0] > 0]
-    shown = []
-    for side, prompts in (("clean", pairs.clean), ("corrupted", pairs.corrupted)):
-        tokens, roles = zip(*labelled(model, prompts, 0), strict=True)
-        names = tuple("/".join(at) or None for at in roles)
-        said = "".join(model.token_strings(answer)) if side == "clean" else ""
-        shown.append(Prompt(tuple(tokens), names, label=side, answer=said))
-    return tuple(shown)
 
 
 def _caveats(result: SweepResult) -> tuple[str, ...]:

@@ -158,6 +158,9 @@ class Plan:
             if scale in edited and site.hook_name in edited:
                 raise UserError(f"{site} and the scale of its norm cannot be changed in one run: {scale} would be lost")
             _add_virtual(plan, site, at_site, writes=site.hook_name in edited)
+        for site in {Site.from_hook(name) for name in edited}:
+            if site.name == "resid_mid":
+                plan._carry_skip(site)
         return plan
 
     def _add_at(self, site: Site, edit: Edit, virtual: dict[str, tuple[Site, list[Edit]]]) -> None:
@@ -165,6 +168,24 @@ class Plan:
             virtual.setdefault(site.hook_name, (site.whole, []))[1].append(edit)
         else:
             self.add(site.hook_name, edit)
+
+    def _carry_skip(self, site: Site) -> None:
+        """TransformerLens's resid_mid is only what the second norm reads: an edit must reach the skip beside it too."""
+        held: dict[str, Tensor] = {}
+
+        def before(resid: Tensor, rows: Rows) -> Tensor:
+            held["old"] = resid
+            return resid
+
+        def after(resid: Tensor, rows: Rows) -> Tensor:
+            held["new"] = resid
+            return resid
+
+        def carry(resid: Tensor, rows: Rows) -> Tensor:
+            return resid + (held.pop("new") - held.pop("old"))
+
+        self.edits[site.hook_name] = [before, *self.edits[site.hook_name], after]
+        self.edits.setdefault(Site("resid_post", site.layer).hook_name, []).insert(0, carry)
 
     @contextmanager
     def installed(self, rows: Rows) -> Iterator[None]:

@@ -59,11 +59,11 @@ def max_tokens(model: "HookedModel", n_pos: int, read_vocab: bool) -> int:
 
 
 def prompts_to_record(model: "HookedModel", n_pos: int, n_sites: int) -> int:
-    """Prompts whose recording (residual streams, keys and values, two runs of `n_sites` sites) takes a quarter of the
-    free memory. Attention patterns are counted at their own width."""
+    """Prompts of which two recordings (residual streams, keys and values, `n_sites` sites) take a quarter of the free
+    memory. Attention patterns are counted at their own width."""
     widest = max(model.d_model, model.n_heads * n_pos, model.n_heads * model.d_head)
     per_layer = model.d_model + 2 * model.n_kv_heads * model.d_head
-    per_prompt = model.dtype.itemsize * n_pos * (model.n_layers * per_layer + 2 * n_sites * widest)
+    per_prompt = 2 * model.dtype.itemsize * n_pos * (model.n_layers * per_layer + n_sites * widest)
     on_gpu = model.device.type == "cuda"
     free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
     return max(1, int(free / 4 / per_prompt))

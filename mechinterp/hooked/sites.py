@@ -135,7 +135,7 @@ class Site:
             object.__setattr__(self, "layer", operator.index(self.layer))
         for name in ("head", "neuron"):
             value = getattr(self, name)
-            if isinstance(value, Iterable):
+            if isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0:
                 object.__setattr__(self, name, tuple(operator.index(i) for i in value))
             elif value is not None:
                 object.__setattr__(self, name, operator.index(value))  # integers of numpy and torch, from tables

@@ -148,9 +148,11 @@ class Recording:
         ]
         return min([layer, *[first for first in crossing if first is not None]])
 
-    def base_logits(self, read: Read) -> Tensor:
-        """`logits` of the recorded run itself: the last block is replayed. `read` is for all prompts."""
-        return self.logits(self.model.n_layers - 1, Rows(self.prompts, self.index), read, {})
+    def base_logits(self, read: Read, index: Tensor | None = None) -> Tensor:
+        """`logits` of the recorded run itself, of the prompts at `index` or all that were recorded: the last block is
+        replayed. `read` is for all prompts."""
+        rows = self.index if index is None else index.to(self.index.device)
+        return self.logits(self.model.n_layers - 1, Rows(self.prompts, rows), read, {})
 
     def local(self, rows: Rows) -> Rows:
         """The rows counted within what was recorded."""

@@ -1,7 +1,7 @@
 """The cells of a sweep, and the runner that patches them with as little work as possible."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechinterp.errors import UserError
+from mechinterp.evaluation import chunks, read_logits
 from mechinterp.hooked import schedule, suffix
 from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.model import HookedModel
@@ -73,10 +74,43 @@ def spots(pairs: PromptPairs, positions: Where) -> tuple[str | None, list[Spot]]
 
 
 @dataclass
+class Recordings:
+    """Recorded runs of a sweep. Where memory holds all prompts at once, a run whose metric was read is not repeated.
+
+    Attributes:
+        sites: what every recording keeps.
+        folds: whether prompts may be run apart from each other.
+    """
+
+    model: HookedModel
+    sites: Sequence[Site]
+    folds: bool
+    _whole: dict[int, Recording] = field(default_factory=dict)  # by the identity of the prompts
+
+    def at_once(self, prompts: Prompts) -> int:
+        """Prompts of a recording."""
+        fits = schedule.prompts_to_record(self.model, prompts.n_pos, len(self.sites))
+        return min(fits, len(prompts)) if self.folds else len(prompts)
+
+    def of(self, prompts: Prompts, index: Tensor) -> Recording:
+        """The recording of the prompts at `index`."""
+        return self._whole.get(id(prompts)) or suffix.record(self.model, prompts, self.sites, index)
+
+    def logits(self, prompts: Prompts, read: suffix.Read) -> Tensor:
+        """`[prompt target column]` of the unpatched run, on the CPU; the recording is kept if it is whole."""
+        if self.at_once(prompts) < len(prompts):
+            return read_logits(self.model, prompts, read)
+        recording = self._whole[id(prompts)] = self.of(prompts, torch.arange(len(prompts)))
+        parts = chunks(self.model, len(prompts), prompts.n_pos, read.columns is None)
+        return torch.cat([recording.base_logits(read, index).cpu() for index in parts])
+
+
+@dataclass
 class CellRunner:
     """Patches cells of one site into a base run, from any source prompts.
 
     Attributes:
+        recordings: of the base run and of the sources.
         base: `[prompt]` metric of the base run: the value of every row that is not run.
         clean: logits of the clean run for metrics that compare with it.
         rows_run, rows_identical: (cell, prompt) rows that were run, and that needed no run.
@@ -86,7 +120,7 @@ class CellRunner:
     pairs: PromptPairs
     metric: Metric
     prompts: Prompts
-    sites: Sequence[Site]
+    recordings: Recordings
     spots: Sequence[Spot]
     base: Tensor
     clean: Tensor | None
@@ -96,8 +130,7 @@ class CellRunner:
 
     def __post_init__(self) -> None:
         self.read = self.metric.read(self.pairs)
-        # A plain function, in force or as the metric, must see every prompt, in order, from the first position.
-        self.folds = all(bound.intervention.folds for bound in self.model.in_force) and self.read.positions is not None
+        self.sites, self.folds = self.recordings.sites, self.recordings.folds
         if self.max_tokens is None:
             self.max_tokens = schedule.max_tokens(self.model, self.prompts.n_pos, self.read.columns is None)
 
@@ -105,11 +138,10 @@ class CellRunner:
         """`[cell prompt]` metric of the base run with each cell set to its activation in `source`."""
         values = self.base.expand(len(cells), -1).clone()
         n = len(self.prompts)
-        at_once = schedule.prompts_to_record(self.model, self.prompts.n_pos, len(self.sites)) if self.folds else n
         with tqdm(total=len(cells) * n, desc=label, disable=label is None, unit="run") as bar:
-            for index in torch.arange(n).split(at_once):
-                recording = suffix.record(self.model, self.prompts, self.sites, index)
-                sources = suffix.record(self.model, source, self.sites, index).activations
+            for index in torch.arange(n).split(self.recordings.at_once(self.prompts)):
+                recording = self.recordings.of(self.prompts, index)
+                sources = self.recordings.of(source, index).activations
                 for site in self.sites:
                     chosen = [i for i, cell in enumerate(cells) if cell.layer == site.layer]
                     if chosen:

@@ -19,12 +19,12 @@ import xarray as xr
 from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.evaluation import read_logits, require_behaviour, templates_of
+from mechinterp.evaluation import require_behaviour, templates_of
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import KINDS, Site
 from mechinterp.metrics import Metric, as_metric
-from mechinterp.patching.cells import Cell, CellRunner, Spot, Where, spots
+from mechinterp.patching.cells import Cell, CellRunner, Recordings, Spot, Where, spots
 from mechinterp.patching.result import SweepResult
 from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_difference, sign_flip_threshold
 from mechinterp.tasks.pairs import PromptPairs
@@ -77,7 +77,11 @@ def sweep(
     given, pairs = pairs, metric.prepare(pairs)
     sites = _sites(model, site, layers)
     axis, chosen = spots(pairs, positions)
-    clean, corrupted = (read_logits(model, side, metric.read(pairs)) for side in (pairs.clean, pairs.corrupted))
+    read = metric.read(pairs)
+    # A plain function, in force or as the metric, must see every prompt, in order, from the first position.
+    folds = all(bound.intervention.folds for bound in model.in_force) and read.positions is not None
+    recordings = Recordings(model, sites, folds)
+    clean, corrupted = (recordings.logits(side, read) for side in (pairs.clean, pairs.corrupted))
     ends = metric(clean, pairs.answers, clean), metric(corrupted, pairs.answers, clean)
     if not force:
         require_behaviour(metric, *ends)
@@ -86,7 +90,7 @@ def sweep(
     if direction == "noise":
         (base, end), prompts, source = (ends, pairs.clean, pairs.corrupted)
     reference = clean if metric.needs_clean else None
-    runner = CellRunner(model, pairs, metric, prompts, sites, chosen, base, reference, max_tokens)
+    runner = CellRunner(model, pairs, metric, prompts, recordings, chosen, base, reference, max_tokens)
     heads = range(model.axis_size(sites[0])) if sites[0].kind.head_axis else [None]
     cells = [Cell(s.layer or 0, head, spot) for s in sites for head in heads for spot in range(len(chosen))]
     patched = runner.run(cells, source, f"{site} {direction}" if progress else None).double().numpy()

@@ -1,6 +1,6 @@
 """Sweeps in a report: heatmaps (layers down, heads, roles or positions across), tables, prompts and attention."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -118,12 +118,12 @@ def prompt_preview(model: HookedModel, pairs: PromptPairs, n: int) -> tuple[Prom
     return tuple(shown)
 
 
-def attention_view(model: HookedModel, prompts: Prompts, heads: Sequence[str], notes: Sequence[str]) -> AttentionView:
-    """Attention patterns of heads such as "L9H6" on the first prompt."""
+def attention_view(model: HookedModel, prompts: Prompts, heads: Mapping[str, str]) -> AttentionView:
+    """Attention patterns on the first prompt, of heads such as "L9H6", each with a note."""
     start = int(prompts.padding[0])
     first = Prompts(prompts.tokens[:1, start:], bos=prompts.bos)
     places = [tuple(int(part) for part in head.removeprefix("L").split("H")) for head in heads]
     _, cache = model.run_with_cache(first, [Site("pattern", layer) for layer in sorted({layer for layer, _ in places})])
     patterns = np.stack([cache["pattern", layer][0, head].float().cpu().numpy() for layer, head in places])
     tokens = tuple(model.token_strings(first.tokens[0]))
-    return AttentionView(tokens, tuple(heads), patterns, tuple(notes), "Attention on the first clean prompt.")
+    return AttentionView(tokens, tuple(heads), patterns, tuple(heads.values()), "Attention on the first clean prompt.")

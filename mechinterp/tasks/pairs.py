@@ -154,14 +154,14 @@ class PromptPairs:
         return self.clean.take(torch.tensor(chosen))
 
     def preview(self, model: HookedModel, n: int = 4) -> str:
-        """The first prompts by token, roles above their tokens in brackets."""
+        """The first prompts by token, each followed by its roles in brackets."""
         lines = []
         for i in range(min(n, len(self))):
             for side, prompts in (("clean", self.clean), ("corrupted", self.corrupted)):
-                shown = "".join(
-                    f"[{'/'.join(roles)}:{text}]" if roles else text for text, roles in labelled(model, prompts, i)
+                shown = "|".join(
+                    f"{text}[{'/'.join(roles)}]" if roles else text for text, roles in labelled(model, prompts, i)
                 )
-                lines.append(f"{side:>9}  {shown.strip()}")
+                lines.append(f"{side:>9}  {shown}")
             answer = model.token_strings(self.answers.answer[i, 0][self.answers.answer_weight[i, 0] > 0])
             wrong = model.token_strings(self.answers.wrong[i, 0][self.answers.wrong_weight[i, 0] > 0])
             lines.append(f"{'answer':>9} {' | '.join(map(repr, answer))}  wrong {' | '.join(map(repr, wrong)) or '–'}")

@@ -1,7 +1,9 @@
 """Sites: names to and from TransformerLens's, and refusals that name the fault."""
 
 import re
+from contextlib import contextmanager
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,16 @@ from mechinterp.hooked.sites import KINDS
 from tests.families import FAMILIES, model
 
 TOKENS = [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+@contextmanager
+def checks_off():
+    """As outside of tests, where types are not checked."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -65,7 +77,8 @@ def test_layers_from_the_end():
 
 @pytest.mark.parametrize("integer", [np.int64(1), torch.tensor(1)], ids=["numpy", "torch"])
 def test_integers_of_tables_will_do(integer):
-    site = Site("z", layer=integer, head=integer)
+    with checks_off():
+        site = Site("z", layer=integer, head=integer)
     assert site == Site("z", layer=1, head=1) and str(site) == "L1H1"
     assert model("llama").resolve(site) == site
 

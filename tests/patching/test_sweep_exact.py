@@ -27,19 +27,27 @@ def brute_force(of, task, site_name, positions, direction, metric):
         logits = metric.read(task).gather(full_logits(of, prompts, hooks))
         return metric(logits, task.answers, clean).mean()
 
-    kept = {}
     sites = [site for site in of.site_list if site.name == site_name]
-    full_logits(of, source, [(site.hook_name, lambda x, hook: kept.__setitem__(hook.name, x.clone())) for site in sites])
+
+    def keep(prompts):
+        kept = {}
+        full_logits(of, prompts, [(s.hook_name, lambda x, hook: kept.__setitem__(hook.name, x.clone())) for s in sites])
+        return kept
+
+    kept, was = keep(source), keep(base)
     start, end = measure(base, []), measure(source, [])
     effects = []
     for site in sites:
-        other = kept[of.hook_points[site.hook_name].name]
+        site_hook = of.hook_points[site.hook_name].name
+        other = kept[site_hook]
         heads = of.axis_size(site)
         for head in range(heads) if heads else [None]:
             for spot in spots(task, positions)[1]:
 
-                def put(x, hook, other=other, head=head, spot=spot, kind=site.kind):
+                def put(x, hook, other=other, mine=was[site_hook], head=head, spot=spot, kind=site.kind):
                     x = x.clone()
+                    if kind.hook.endswith("resid_mid"):  # TransformerLens's own is only what the second norm reads
+                        return x + (other - mine) * spot.mask[..., None]
                     for prompt, pos in spot.mask.nonzero().tolist():
                         if head is None:
                             x[prompt, pos] = other[prompt, pos]
@@ -49,7 +57,8 @@ def brute_force(of, task, site_name, positions, direction, metric):
                             x[prompt, pos, head] = other[prompt, pos, head]
                     return x
 
-                effects.append((measure(base, [(site.hook_name, put)]) - start) / (end - start))
+                at = f"blocks.{site.layer}.hook_attn_out" if site_name == "resid_mid" else site.hook_name
+                effects.append((measure(base, [(at, put)]) - start) / (end - start))
     return torch.stack(effects).double()
 
 
@@ -88,6 +97,23 @@ def test_other_positions_sites_and_metrics(family):
     compare(of, "k", "noise", True, positions=[0, 2, -1] if family != "gemma2" else [2, -1])
     compare(of, "mlp_out", "denoise", True, positions="END,B", metric=Prob())
     compare(of, "v", "noise", False, metric=KL())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_of_heads_are_swept(family):
+    """Their cells equal single runs with a Patch, and are not all zero (an edit of a point that never fires is)."""
+    of = model(family)
+    task = pairs(of, True)
+    rows = torch.arange(len(task))
+    for name in ("q_input", "k_input", "v_input", "mlp_in"):
+        result = sweep(of, task, name, "roles", layers=[1], force=True, progress=False)
+        for head in list(range(of.axis_size(Site(name, 1)))) or [None]:
+            for role in task.roles:
+                logits = of(task.corrupted, [interventions.Patch(Site(name, 1, head=head), task.clean, positions=role, noop_ok=True)])
+                gap = logits[rows, -1, task.answers.answer[:, 0, 0]] - logits[rows, -1, task.answers.wrong[:, 0, 0]]
+                at = {"layer": 1, "role": role} | ({} if head is None else {result.dims[1]: head})
+                assert torch.allclose(torch.tensor(result.data["patched"].sel(at).values).float(), gap, atol=1e-4)
+        assert abs(result.data["patched"] - result.data["base"]).max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
