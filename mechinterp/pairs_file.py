@@ -104,8 +104,8 @@ def _weighted(where: str, name: str, value: Any) -> dict[str, float]:
     items = value.items() if isinstance(value, dict) else [value] if isinstance(value, str) else value
     weighted: dict[str, float] = {}
     for item in items if isinstance(items, list) or isinstance(value, dict) else [items]:
-        pair = isinstance(item, list | tuple) and len(item) == 2
-        text, weight = (item, 1.0) if isinstance(item, str) else item if pair else (None, 0)
+        whole: Any = item if isinstance(item, list | tuple) and len(item) == 2 else (None, 0)
+        text, weight = (item, 1.0) if isinstance(item, str) else whole
         number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
         good = isinstance(text, str) and text and number and weight > 0
         if not good:

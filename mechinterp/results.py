@@ -60,7 +60,7 @@ class Result:
         if note is None or note["kind"] != cls.__name__:
             found = "no result" if note is None else f"a {note['kind']}"
             raise UserError(f"{path} holds {found}, not a {cls.__name__}")
-        variables = {name: (note["dims"][name], array) for name, array in arrays.items()}
+        variables = {name: (dims, arrays[name]) for name, dims in note["dims"].items()}  # in the order of saving
         return cls(xr.Dataset(variables, coords=note["coords"]), note["about"])
 
     def to_frame(self) -> pd.DataFrame:

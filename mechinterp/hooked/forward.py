@@ -51,7 +51,7 @@ class Bound:
         """The activation at the written site after the intervention."""
         held, self._held = self._held, None
         if held is None and self.reads.hook_name != self.writes.hook_name:
-            raise UserError(f"nothing can be written to {self.writes}: {self.reads}, which it is read from, comes later")
+            raise UserError(f"nothing can be written to {self.writes}: {self.reads}, which it is from, comes later")
         new = held if held is not None else self.intervention.new_value(activation, self.state, rows)
         if self.writes.basis is not None:
             new = activation + (new - activation) @ _projector(self.writes.basis).to(activation)
@@ -186,6 +186,10 @@ class Plan:
 
         self.edits[site.hook_name] = [before, *self.edits[site.hook_name], after]
         self.edits.setdefault(Site("resid_post", site.layer).hook_name, []).insert(0, carry)
+
+    def within(self, prefix: str) -> "Plan":
+        """The part at hook points whose names begin with `prefix`."""
+        return Plan(self.model, {name: edits for name, edits in self.edits.items() if name.startswith(prefix)})
 
     @contextmanager
     def installed(self, rows: Rows) -> Iterator[None]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 CALL_COST = 50
 
 
-def batches(starts: Tensor, n_pos: int, max_tokens: int) -> list[Tensor]:
+def batches(starts: Tensor, n_pos: int, max_tokens: int, layers: Tensor | None = None) -> list[Tensor]:
     """Rows grouped so that those of a group begin at nearly the same position.
 
     Rows are sorted by their first position. A row joins the group before it when beginning earlier than it needs to
@@ -23,6 +23,8 @@ def batches(starts: Tensor, n_pos: int, max_tokens: int) -> list[Tensor]:
         starts: `[row]` first position that each row must run.
         n_pos: positions of the prompts.
         max_tokens: largest rows × positions of a call (one row is always allowed).
+        layers: `[row]` layer that each row joins a call at; rows of a call are then in the order of their layers, and
+            of as few layers as possible.
 
     Returns:
         Row indices of each call; together every row once. A call begins at the smallest start among its rows.
@@ -41,7 +43,10 @@ def batches(starts: Tensor, n_pos: int, max_tokens: int) -> list[Tensor]:
     for first, count in groups:
         per_call = max(1, max_tokens // (n_pos - first))
         n_calls = -(-count // per_call)
-        made += list(order[done : done + count].tensor_split(n_calls))
+        group = order[done : done + count]
+        if layers is not None:
+            group = group[torch.argsort(layers[group], stable=True)]
+        made += list(group.tensor_split(n_calls))
         done += count
     return made
 

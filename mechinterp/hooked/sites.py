@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -134,8 +135,8 @@ class Site:
         if self.layer is not None:
             object.__setattr__(self, "layer", operator.index(self.layer))
         for name in ("head", "neuron"):
-            value = getattr(self, name)
-            if isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0:
+            value: Any = getattr(self, name)
+            if hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0:
                 object.__setattr__(self, name, tuple(operator.index(i) for i in value))
             elif value is not None:
                 object.__setattr__(self, name, operator.index(value))  # integers of numpy and torch, from tables

@@ -13,6 +13,7 @@ the lever, not the answer.
 """
 
 import inspect
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -114,11 +115,12 @@ class Recording:
     cache: DynamicCache | None
     activations: dict[str, Tensor]
 
-    def logits(self, layer: int, rows: Rows, read: Read, edits: Mapping[str, Edit]) -> Tensor:
+    def logits(self, layer: int | Tensor, rows: Rows, read: Read, edits: Mapping[str, Edit]) -> Tensor:
         """Logits of the recorded run with edits at layers ≥ `layer` and positions ≥ `rows.start`.
 
         Args:
-            layer: first block that is run again.
+            layer: first block that is run again; or `[batch]` one for each row, ascending: a row joins the run there,
+                and an edit sees the rows that have joined.
             rows: which prompts, from which position; needs the `prefix` lever if that is not 0.
             read: what to return, for all prompts; its positions must be ≥ `rows.start`.
             edits: hook name -> function of (activation, rows), applied after the interventions of the recording.
@@ -128,14 +130,21 @@ class Recording:
         """
         plan = Plan.of(self.model, self.bound, edits=edits)
         wanted = read.of(rows.index)
-        with plan.installed(rows):
-            if not self.levers.replay:
+        if not self.levers.replay:
+            with plan.installed(rows):
                 return wanted.gather(call_bridge(self.model, self.prompts.take(rows.index)))
-            layer = self._restart(layer)
-            resid = self.local(rows).of(self.resid[layer], 1)
-            for block in range(layer, self.model.n_layers):
-                out = self.model.bridge.blocks[block](resid, **self._arguments(block, rows))
-                resid = out[0] if isinstance(out, tuple) else out
+        joins = [self._restart(int(at)) for at in layer] if isinstance(layer, Tensor) else [self._restart(layer)]
+        joins = joins if len(joins) == len(rows.index) else joins * len(rows.index)
+        resid = self.resid[joins[0]][:0, rows.start :]
+        for block in range(joins[0], self.model.n_layers):
+            live = replace(rows, index=rows.index[: bisect_right(joins, block)])
+            if len(live.index) > len(resid):
+                new = replace(rows, index=live.index[len(resid) :])
+                resid = torch.cat([resid, self.local(new).of(self.resid[block], 1)])
+            with plan.within(f"blocks.{block}.").installed(live):
+                out = self.model.bridge.blocks[block](resid, **self._arguments(block, live))
+            resid = out[0] if isinstance(out, tuple) else out
+        with plan.installed(rows):
             return self._unembed(resid, wanted, rows.start)
 
     def _restart(self, layer: int) -> int:
@@ -146,7 +155,8 @@ class Recording:
             for b in self.bound
             if (b.reads.layer or 0) < layer <= (end if b.writes.layer is None else b.writes.layer)
         ]
-        return min([layer, *[first for first in crossing if first is not None]])
+        first = min([layer, *[read for read in crossing if read is not None]])
+        return first if first == layer else self._restart(first)  # which another one may cross
 
     def base_logits(self, read: Read, index: Tensor | None = None) -> Tensor:
         """`logits` of the recorded run itself, of the prompts at `index` or all that were recorded: the last block is

@@ -1,7 +1,8 @@
 """The cells of a sweep, and the runner that patches them with as little work as possible."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -142,37 +143,54 @@ class CellRunner:
             for index in torch.arange(n).split(self.recordings.at_once(self.prompts)):
                 recording = self.recordings.of(self.prompts, index)
                 sources = self.recordings.of(source, index).activations
-                for site in self.sites:
-                    chosen = [i for i, cell in enumerate(cells) if cell.layer == site.layer]
-                    if chosen:
-                        self._run_layer(recording, sources[site.hook_name], site, cells, chosen, values)
-                        bar.update(len(chosen) * len(index))
+                self._run_recorded(recording, sources, cells, values, bar)
         return values
 
-    def _run_layer(
-        self, recording: Recording, source: Tensor, site: Site, cells: Sequence[Cell], chosen: list[int], values: Tensor
+    def _run_recorded(
+        self, recording: Recording, sources: dict[str, Tensor], cells: Sequence[Cell], values: Tensor, bar: tqdm
     ) -> None:
-        """Fill `values[chosen]` for the recorded prompts."""
-        if source.isnan().any():
-            raise UserError(f"the source of the patch holds NaN at {site}")
+        """Fill `values` for the recorded prompts."""
         index = recording.index.cpu()
-        changed = self._changed(recording.activations[site.hook_name], source, site).cpu()
-        where = torch.stack([self._touched(changed, cells[i], index) for i in chosen])  # [cell batch pos]
-        differs = where.any(-1)
-        if not self.folds:
-            differs = differs.any(-1, keepdim=True).expand_as(differs)
-        cell_of, local = differs.nonzero(as_tuple=True)
+        starts = self._starts(recording, sources, cells)
+        cell_of, local = (starts < self.prompts.n_pos).nonzero(as_tuple=True)
         self.rows_run += len(cell_of)
-        self.rows_identical += differs.numel() - len(cell_of)
-        for batch, start in self._batches(where, cell_of, local):
-            rows = Rows(recording.prompts, index[local[batch]].to(self.model.device), start)
-            these = [cells[chosen[i]] for i in cell_of[batch]]
-            edit = self._edit(source, site, these, recording)
-            logits = recording.logits(site.layer or 0, rows, self.read, {site.hook_name: edit}).cpu()
+        self.rows_identical += starts.numel() - len(cell_of)
+        bar.update(starts.numel() - len(cell_of))
+        layers = torch.tensor([cell.layer for cell in cells])[cell_of]
+        for batch, start in self._batches(starts[cell_of, local], cell_of, local, layers):
             prompts = index[local[batch]]
+            rows = Rows(recording.prompts, prompts.to(self.model.device), start)
+            these = [cells[i] for i in cell_of[batch]]
+            among = {cell.layer for cell in these}
+            edits = {
+                site.hook_name: self._edit(sources[site.hook_name], site, these, recording)
+                for site in self.sites
+                if site.layer in among
+            }
+            logits = recording.logits(layers[batch], rows, self.read, edits).cpu()
             clean = None if self.clean is None else self.clean[prompts]
             got = self.metric(logits, self.pairs.answers.take(prompts), clean)
-            values[torch.tensor(chosen)[cell_of[batch]], prompts] = got.to(values)
+            values[cell_of[batch], prompts] = got.to(values)
+            bar.update(len(batch))
+
+    def _starts(self, recording: Recording, sources: dict[str, Tensor], cells: Sequence[Cell]) -> Tensor:
+        """`[cell batch]` first position that patching the cell changes; n_pos where it changes nothing."""
+        index, n_pos = recording.index.cpu(), self.prompts.n_pos
+        starts = torch.full((len(cells), len(index)), n_pos)
+        for site in self.sites:
+            chosen = [i for i, cell in enumerate(cells) if cell.layer == site.layer]
+            if not chosen:
+                continue
+            source = sources[site.hook_name]
+            if source.isnan().any():
+                raise UserError(f"the source of the patch holds NaN at {site}")
+            changed = self._changed(recording.activations[site.hook_name], source, site).cpu()
+            for i in chosen:
+                touched = self._touched(changed, cells[i], index)
+                starts[i] = torch.where(touched.any(-1), touched.int().argmax(-1), n_pos)
+        if not self.folds:  # all prompts are run together, or none
+            starts[(starts < n_pos).any(-1)] = 0
+        return starts
 
     def _changed(self, base: Tensor, source: Tensor, site: Site) -> Tensor:
         """`[batch pos head]` bool (one head where the site has none): where the two activations differ."""
@@ -185,34 +203,38 @@ class CellRunner:
         """`[batch pos]` bool: where patching the cell changes something."""
         return changed[:, :, cell.head or 0] & self.spots[cell.spot].mask[index]
 
-    def _batches(self, where: Tensor, cell_of: Tensor, local: Tensor) -> list[tuple[Tensor, int]]:
-        """Rows of each call, as indices into `cell_of` and `local`, and the position that the call begins at."""
+    def _batches(self, starts: Tensor, cell_of: Tensor, local: Tensor, layers: Tensor) -> list[tuple[Tensor, int]]:
+        """Rows of each call, as indices into the arguments `[row]`, by layer; and the position that it begins at."""
         if not self.folds:
             return [((cell_of == cell).nonzero().flatten(), 0) for cell in cell_of.unique()]
-        starts = where[cell_of, local].int().argmax(-1)
         if not self.model.levers.prefix:
             starts = torch.zeros_like(starts)
         assert self.read.positions is not None
         starts = torch.minimum(starts, self.read.positions.amin(1).cpu()[local])
         assert self.max_tokens is not None
-        made = schedule.batches(starts, self.prompts.n_pos, self.max_tokens)
+        made = schedule.batches(starts, self.prompts.n_pos, self.max_tokens, layers)
         return [(batch, int(starts[batch].min())) for batch in made]
 
     def _edit(self, source: Tensor, site: Site, cells: Sequence[Cell], recording: Recording) -> suffix.Edit:
-        """The function that puts each row's cell in place."""
+        """The function that puts the cells of a site's layer in place; `cells` are those of all rows, by layer."""
         kind = site.kind
         pos_dim = kind.dim(kind.pos_axis)
         masks = torch.stack([spot.mask for spot in self.spots])
+        first = bisect_left(cells, site.layer or 0, key=lambda cell: cell.layer)
+        last = bisect_right(cells, site.layer or 0, key=lambda cell: cell.layer)
+        spot = torch.tensor([cell.spot for cell in cells[first:last]])
+        head = torch.tensor([cell.head or 0 for cell in cells[first:last]])
 
         def edit(activation: Tensor, rows: Rows) -> Tensor:
-            spot = torch.tensor([cell.spot for cell in cells])
-            at = masks[spot, rows.index.cpu()][:, rows.start :].to(activation.device)
-            selected = at.reshape([at.shape[d and 1] if d in (0, pos_dim) else 1 for d in range(activation.ndim)])
+            here, old = replace(rows, index=rows.index[first:last]), activation[first:last]
+            at = masks[spot, here.index.cpu()][:, rows.start :].to(old.device)
+            selected = at.reshape([at.shape[d and 1] if d in (0, pos_dim) else 1 for d in range(old.ndim)])
             if kind.head_axis is not None:
                 head_dim = kind.dim(kind.head_axis)
-                heads = torch.tensor([cell.head for cell in cells])[:, None] == torch.arange(activation.shape[head_dim])
-                shape = [heads.shape[d and 1] if d in (0, head_dim) else 1 for d in range(activation.ndim)]
-                selected = selected & heads.to(activation.device).reshape(shape)
-            return torch.where(selected, recording.local(rows).of(source, pos_dim).to(activation), activation)
+                heads = head[:, None] == torch.arange(old.shape[head_dim])
+                shape = [heads.shape[d and 1] if d in (0, head_dim) else 1 for d in range(old.ndim)]
+                selected = selected & heads.to(old.device).reshape(shape)
+            new = torch.where(selected, recording.local(here).of(source, pos_dim).to(old), old)
+            return torch.cat([activation[:first], new, activation[last:]])
 
         return edit

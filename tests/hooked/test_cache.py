@@ -22,14 +22,16 @@ PADDED = [[1, 2, 3, 4, 5], [6, 7]]
         (Site("z", -2), ["blocks.1.attn.hook_z"]),
         ("blocks.1.hook_out", ["blocks.1.hook_resid_post"]),
         ("embed", ["hook_embed"]),
-        (["embed", ("k", 0), Site("v", 1), "blocks.2.attn.hook_q"],
-         ["hook_embed", "blocks.0.attn.hook_k", "blocks.1.attn.hook_v", "blocks.2.attn.hook_q"]),
+        (
+            ["embed", ("k", 0), Site("v", 1), "blocks.2.attn.hook_q"],
+            ["hook_embed", "blocks.0.attn.hook_k", "blocks.1.attn.hook_v", "blocks.2.attn.hook_q"],
+        ),
         (["z", ("z", 0)], ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z", "blocks.2.attn.hook_z"]),
         (lambda name: name.endswith("hook_rot_k"), [f"blocks.{i}.attn.hook_rot_k" for i in range(3)]),
         ([], []),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_only_what_is_asked_for_is_kept(names_filter, kept):
     _, cache = model("llama").run_with_cache(TOKENS, names_filter)
     assert sorted(cache) == sorted(kept)
@@ -128,7 +130,9 @@ def test_the_estimate_is_what_it_takes(family, tokens):
     for wanted in (None, lambda name: True, ["pattern", "z"], ["q_input", "k_input", "mlp_in"]):
         _, cache = of.run_with_cache(tokens, wanted)
         assert of.estimate_cache(tokens, wanted) == cache.nbytes
-        by_site = {site.name: of.estimate_cache(tokens, [site]) - cache[site].nbytes for site in of.site_list if site in cache}
+        by_site = {
+            site.name: of.estimate_cache(tokens, [site]) - cache[site].nbytes for site in of.site_list if site in cache
+        }
         assert not any(by_site.values()), by_site
 
 
@@ -160,7 +164,7 @@ def test_a_truncated_file_is_named(tmp_path, keep):
     path = tmp_path / "cache.safetensors"
     cache.save(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="cannot read a cache from .*cache.safetensors"):
+    with pytest.raises(UserError, match=r"cannot read a cache from .*cache.safetensors"):
         Cache.load(path)
 
 
@@ -168,7 +172,7 @@ def test_a_file_that_is_no_cache(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="no cache that `Cache.save` wrote"):
+    with pytest.raises(UserError, match=r"no cache that `Cache.save` wrote"):
         Cache.load(tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="cannot read a cache"):
         Cache.load(tmp_path / "missing.safetensors")

@@ -66,9 +66,13 @@ def test_positions_count_tokens_and_not_padding(family, positions, where):
     of = model(family)
     prompts = of.to_prompts(PADDED).with_roles({"S": torch.tensor([4, -1, 2])})
     for site, head_dim, heads in [
-        (Site("resid_pre", 1), 2, None), (Site("z", 1, head=2), 2, [2]), (Site("z", 1, head=(0, 3)), 2, [0, 3]),
-        (Site("attn_out", 1), 2, None), (Site("pattern", 1, head=1), 1, [1]), (Site("k", 1, head=1), 2, [1]),
-    ]:  # fmt: skip
+        (Site("resid_pre", 1), 2, None),
+        (Site("z", 1, head=2), 2, [2]),
+        (Site("z", 1, head=(0, 3)), 2, [0, 3]),
+        (Site("attn_out", 1), 2, None),
+        (Site("pattern", 1, head=1), 1, [1]),
+        (Site("k", 1, head=1), 2, [1]),
+    ]:
         if family == "opt" and site.name == "pattern":
             continue
         want = by_hand(of, prompts, site.hook_name, torch.zeros_like, where, heads, head_dim)
@@ -211,7 +215,9 @@ def test_mean_by_position():
     close(of(EVEN, [Mean(Site("attn_out", 1), over, by="position")]), want)
     pattern = seen(of, over, "blocks.1.attn.hook_pattern").mean(0)  # each query its own row
     got = of(EVEN, [Mean(Site("pattern", 1), over, by="position")])
-    close(got, by_hand(of, of.to_prompts(EVEN), "blocks.1.attn.hook_pattern", lambda x: pattern.expand_as(x), head_dim=1))
+    close(
+        got, by_hand(of, of.to_prompts(EVEN), "blocks.1.attn.hook_pattern", lambda x: pattern.expand_as(x), head_dim=1)
+    )
 
 
 def test_mean_by_role():
@@ -289,7 +295,9 @@ def test_steer_by_anything_that_broadcasts(shape):
 
 def test_a_vector_that_does_not_fit():
     of = model("gpt2")
-    with pytest.raises(UserError, match=re.escape("a vector of shape (23,) does not fit resid_pre layer 1: (3, 6, 24)")):
+    with pytest.raises(
+        UserError, match=re.escape("a vector of shape (23,) does not fit resid_pre layer 1: (3, 6, 24)")
+    ):
         of(EVEN, [Steer(Site("resid_pre", 1), torch.ones(23))])
     with pytest.raises(UserError, match="is not finite"):
         of(EVEN, [Steer(Site("resid_pre", 1), torch.tensor([torch.inf]))])
@@ -359,7 +367,7 @@ def test_nothing_can_be_written_before_it_is_read(reads, writes):
     of = model("gpt2")
     back = Apply(reads, lambda x, site: x * 0.5, to=writes)
     for _ in range(2):  # the second run must not find what the first one left
-        with pytest.raises(UserError, match="nothing can be written to .*, which it is read from, comes later"):
+        with pytest.raises(UserError, match=r"nothing can be written to .*, which it is from, comes later"):
             of(EVEN, [back])
 
 
@@ -510,7 +518,11 @@ def test_what_never_fired_raises():
         pass
     with pytest.raises(UserError, match="never fired"), of.intervene(Zero(Site("z", 1), noop_ok=True)):
         pass
-    with pytest.raises(UserError, match="never fired"), of.intervene(Zero(Site("z", 1))), of.intervene(Zero(Site("z", 2))):
+    with (
+        pytest.raises(UserError, match="never fired"),
+        of.intervene(Zero(Site("z", 1))),
+        of.intervene(Zero(Site("z", 2))),
+    ):
         pass
     assert not of.in_force
 
@@ -518,7 +530,7 @@ def test_what_never_fired_raises():
 def test_what_changed_nothing_raises_unless_that_was_declared():
     of = model("gpt2")
     same = Apply(Site("z", 1), lambda x, site: x)
-    with pytest.raises(UserError, match="Apply at z layer 1 changed no element.*noop_ok=True"):
+    with pytest.raises(UserError, match=r"Apply at z layer 1 changed no element.*noop_ok=True"):
         of(EVEN, [same])
     with pytest.raises(UserError, match="changed no element"), of.intervene(same):
         of(EVEN)
@@ -651,7 +663,10 @@ def test_an_input_and_the_residual_it_is_read_from():
     """The residual is edited first: the head reads the edited stream."""
     of = model("llama")
     push, more = shift(of), torch.cos(torch.arange(of.d_model).float())
-    for inputs, resid, norm in [(("q_input", "k_input", "v_input"), "resid_pre", "ln1"), (("mlp_in",), "resid_mid", "ln2")]:
+    for inputs, resid, norm in [
+        (("q_input", "k_input", "v_input"), "resid_pre", "ln1"),
+        (("mlp_in",), "resid_mid", "ln2"),
+    ]:
         edits = [Steer(Site(name, 1), push) for name in inputs]
         for order in ([*edits, Steer(Site(resid, 1), more)], [Steer(Site(resid, 1), more), *edits]):
             got = of(EVEN, order)
@@ -697,10 +712,18 @@ def finite_difference(of, make, at, direction, eps=1e-2):
 
 @pytest.mark.parametrize(
     "site",
-    [Site("resid_pre", 1), Site("q_input", 1, head=1), Site("k_input", 1), Site("v_input", 1, head=0), Site("mlp_in", 1),
-     Site("attn_out", 0), Site("embed"), Site("resid_mid", 1)],
+    [
+        Site("resid_pre", 1),
+        Site("q_input", 1, head=1),
+        Site("k_input", 1),
+        Site("v_input", 1, head=0),
+        Site("mlp_in", 1),
+        Site("attn_out", 0),
+        Site("embed"),
+        Site("resid_mid", 1),
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("start", [0.0, 0.3], ids=["at zero", "elsewhere"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_gradient_of_a_steering_vector(family, site, start):

@@ -14,7 +14,9 @@ DRAWS = [
 ]
 
 
-@pytest.mark.parametrize("starts, n_pos, max_tokens", DRAWS, ids=lambda value: str(len(value)) if torch.is_tensor(value) else str(value))
+@pytest.mark.parametrize(
+    "starts, n_pos, max_tokens", DRAWS, ids=lambda value: str(len(value)) if torch.is_tensor(value) else str(value)
+)
 def test_every_row_once_early_enough_and_small_enough(starts, n_pos, max_tokens):
     calls = schedule.batches(starts, n_pos, max_tokens)
     assert sorted(torch.cat([*calls, torch.zeros(0).long()]).tolist()) == list(range(len(starts)))

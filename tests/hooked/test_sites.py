@@ -1,28 +1,17 @@
 """Sites: names to and from TransformerLens's, and refusals that name the fault."""
 
 import re
-from contextlib import contextmanager
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
 
 from mechinterp import Site, UserError, Zero
 from mechinterp.hooked.sites import KINDS
+from tests.checks import checks_off
 from tests.families import FAMILIES, model
 
 TOKENS = [[1, 2, 3, 4], [5, 6, 7, 8]]
-
-
-@contextmanager
-def checks_off():
-    """As outside of tests, where types are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -72,12 +72,16 @@ def test_a_recording_of_some_prompts_is_part_of_that_of_all(family):
     site = Site("z", 1)
     whole = suffix.record(of, task.clean, [site])
     part = suffix.record(of, task.clean, [site], index=torch.tensor([2, 3]))
-    torch.testing.assert_close(part.activations[site.hook_name], whole.activations[site.hook_name][2:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        part.activations[site.hook_name], whole.activations[site.hook_name][2:], atol=1e-5, rtol=1e-5
+    )
     for index, start in [([2, 3], 0), ([3, 2, 3], 4)]:
         rows = Rows(task.clean, torch.tensor(index), start)
         got, want = (r.logits(1, rows, everything(task), {}) for r in (part, whole))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(part.base_logits(everything(task)), whole.base_logits(everything(task))[2:], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        part.base_logits(everything(task)), whole.base_logits(everything(task))[2:], atol=2e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +118,9 @@ def test_a_recording_does_not_change_with_use():
     task = pairs(of, True)
     recording = suffix.record(of, task.clean)
     first = recording.logits(0, Rows(task.clean, torch.arange(4), 3), everything(task), {})
-    recording.logits(0, Rows(task.clean, torch.arange(4), 3), everything(task), {Site("v", 0).hook_name: lambda x, rows: 9 * x})
+    recording.logits(
+        0, Rows(task.clean, torch.arange(4), 3), everything(task), {Site("v", 0).hook_name: lambda x, rows: 9 * x}
+    )
     assert torch.equal(first, recording.logits(0, Rows(task.clean, torch.arange(4), 3), everything(task), {}))
 
 
@@ -123,10 +129,29 @@ def test_interventions_in_force_are_replayed(family):
     of = model(family)
     task = pairs(of, True)
     ones = [
-        Zero(Site("z", 1, head=2)), Steer(Site("k_input", 1), torch.linspace(-1, 1, of.d_model)),
-        Apply(Site("resid_pre", 0), lambda x, site: 0.5 * x, to=Site("mlp_out", 2)), Steer(Site("embed"), torch.ones(of.d_model)),
-    ]  # fmt: skip
+        Zero(Site("z", 1, head=2)),
+        Steer(Site("k_input", 1), torch.linspace(-1, 1, of.d_model)),
+        Apply(Site("resid_pre", 0), lambda x, site: 0.5 * x, to=Site("mlp_out", 2)),
+        Steer(Site("embed"), torch.ones(of.d_model)),
+    ]
     with of.intervene(*ones):
+        want = everything(task).gather(of(task.clean))
+        recording = suffix.record(of, task.clean)
+        for layer in range(of.n_layers):
+            got = recording.logits(layer, Rows(task.clean, torch.arange(4)), everything(task), {})
+            torch.testing.assert_close(got, want, atol=5e-5, rtol=1e-4)
+
+
+def test_interventions_that_cross_layers_one_after_another():
+    """Restarting where one is read may lie between where another is read and written."""
+    of = model("gemma2")
+    task = pairs(of, True)
+    hops = [
+        (Site("resid_pre", 0), Site("mlp_out", 1)),
+        (Site("z", 1), Site("z", 2)),
+        (Site("mlp_post", 2), Site("mlp_post", 3)),
+    ]
+    with of.intervene(*[Apply(reads, lambda x, site: 0.5 * x.flip(-1), to=writes) for reads, writes in hops]):
         want = everything(task).gather(of(task.clean))
         recording = suffix.record(of, task.clean)
         for layer in range(of.n_layers):
@@ -139,6 +164,8 @@ def test_resid_mid_edits_carry_into_the_suffix():
     of = model("gpt2")
     task = pairs(of, False)
     recording = suffix.record(of, task.clean)
-    got = recording.logits(1, Rows.all(task.clean), everything(task), {Site("resid_mid", 1).hook_name: lambda x, rows: x + 1.5})
+    got = recording.logits(
+        1, Rows.all(task.clean), everything(task), {Site("resid_mid", 1).hook_name: lambda x, rows: x + 1.5}
+    )
     want = full_logits(of, task.clean, [("blocks.1.hook_attn_out", lambda x, hook: x + 1.5)])
     torch.testing.assert_close(got, everything(task).gather(want), atol=5e-5, rtol=1e-4)

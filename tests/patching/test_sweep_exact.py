@@ -3,6 +3,8 @@
 The mutation tests break one part of the machinery each and require that the same comparison fails.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -109,7 +111,10 @@ def test_inputs_of_heads_are_swept(family):
         result = sweep(of, task, name, "roles", layers=[1], force=True, progress=False)
         for head in list(range(of.axis_size(Site(name, 1)))) or [None]:
             for role in task.roles:
-                logits = of(task.corrupted, [interventions.Patch(Site(name, 1, head=head), task.clean, positions=role, noop_ok=True)])
+                logits = of(
+                    task.corrupted,
+                    [interventions.Patch(Site(name, 1, head=head), task.clean, positions=role, noop_ok=True)],
+                )
                 gap = logits[rows, -1, task.answers.answer[:, 0, 0]] - logits[rows, -1, task.answers.wrong[:, 0, 0]]
                 at = {"layer": 1, "role": role} | ({} if head is None else {result.dims[1]: head})
                 assert torch.allclose(torch.tensor(result.data["patched"].sel(at).values).float(), gap, atol=1e-4)
@@ -248,6 +253,29 @@ def test_interventions_in_force_agree_with_one_cell_at_a_time(kind):
             of.__dict__["levers"] = slow_model_levers
     gap = abs(fast.data["patched"] - slow.data["patched"]).max()
     assert float(gap) < 1e-4 * float(abs(slow.data["patched"]).max())
+
+
+@pytest.mark.parametrize("kind", ["in force", "metric"])
+def test_a_function_sees_every_prompt_where_only_some_are_patched(kind):
+    """One prompt lacks the role, so that its cell is the base run: what a function of the whole batch gives must not
+    depend on whether that prompt was left out."""
+    of = model("llama")
+    task = pairs(of, False)
+    roles = {**task.clean.roles, "A": task.clean.roles["A"].where(torch.arange(4) != 1, -1)}
+    task = replace(task, clean=task.clean.with_roles(roles), corrupted=task.corrupted.with_roles(roles))
+    answers, wrong = task.answers.answer[:, 0, 0], task.answers.wrong[:, 0, 0]
+
+    def gap(logits):
+        return logits[torch.arange(len(logits)), -1, answers] - logits[torch.arange(len(logits)), -1, wrong]
+
+    mixed = interventions.Apply(Site("mlp_out", 1), lambda x, site: 0.5 * x + x.mean(0, keepdim=True))
+    with of.intervene(*([mixed] if kind == "in force" else [])):
+        result = sweep(of, task, "z", "A", metric=gap if kind == "metric" else None, force=True, progress=False)
+        for layer, head in [(0, 1), (1, 3), (2, 0)]:
+            patch = interventions.Patch(Site("z", layer, head=head), task.clean, positions="A", noop_ok=True)
+            want = gap(of(task.corrupted, [patch]))
+            got = torch.tensor(result.data["patched"].sel(layer=layer, head=head, role="A").values).float()
+            assert torch.allclose(got, want, atol=1e-4)
 
 
 def test_identical_sources_are_exactly_zero_and_not_run():

@@ -16,7 +16,9 @@ PAIR = {"clean": "When Mary and John", "corrupted": "When John and Mary", "answe
 
 def written(tmp_path, *lines):
     path = tmp_path / "my pairs.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines))
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
+    )
     return path
 
 
@@ -27,22 +29,33 @@ def ids(of, *words):
 @pytest.mark.parametrize("bos", [False, True], ids=["no bos", "bos"])
 def test_the_whole_form(tmp_path, bos):
     of = word_model(bos)
-    long = {"clean": "When Mary and John gave Tom the book", "corrupted": "When Mary and John gave Tom the cup",
-            "roles": {"first": 1, "last": -1},
-            "targets": [{"pos": 1, "answer": "and", "wrong": ["left", "gave"]},
-                        {"pos": -1, "answer": [["to", 3], ["left", 1]], "wrong": {"gave": 2.0, "and": 6}}]}  # fmt: skip
+    long = {
+        "clean": "When Mary and John gave Tom the book",
+        "corrupted": "When Mary and John gave Tom the cup",
+        "roles": {"first": 1, "last": -1},
+        "targets": [
+            {"pos": 1, "answer": "and", "wrong": ["left", "gave"]},
+            {"pos": -1, "answer": [["to", 3], ["left", 1]], "wrong": {"gave": 2.0, "and": 6}},
+        ],
+    }
     short = {**PAIR, "roles": {"first": 0}}
     task = from_file(of, written(tmp_path, long, "", short))
     assert len(task) == 2 and task.name == "my pairs" and task.source["file"] == "my pairs.jsonl"
     shift, width = int(bos), 8 + int(bos)
     assert task.clean.tokens.shape == (2, width)
-    assert task.clean.roles["first"].tolist() == [1 + shift, 4 + shift] and task.clean.roles["last"].tolist() == [7 + shift, -1]
+    assert task.clean.roles["first"].tolist() == [1 + shift, 4 + shift] and task.clean.roles["last"].tolist() == [
+        7 + shift,
+        -1,
+    ]
     assert of.token_strings(task.clean.tokens[0, [1 + shift]]) == ["Mary"]
     assert of.token_strings(task.clean.tokens[1, [4 + shift]]) == ["When"]
     answers = task.answers
     assert answers.pos.tolist() == [[1 + shift, 7 + shift], [7 + shift, 7 + shift]]
     assert answers.weight.tolist() == [[0.5, 0.5], [1, 0]]
-    assert answers.answer[0, 1].tolist() == ids(of, "to", "left") and answers.answer_weight[0, 1].tolist() == [0.75, 0.25]
+    assert answers.answer[0, 1].tolist() == ids(of, "to", "left") and answers.answer_weight[0, 1].tolist() == [
+        0.75,
+        0.25,
+    ]
     assert answers.wrong[0].tolist() == [ids(of, "left", "gave"), ids(of, "gave", "and")]
     assert answers.wrong_weight[0].tolist() == [[0.5, 0.5], [0.25, 0.75]]
     assert answers.answer[1, 0, 0] == ids(of, "gave")[0] and task.continuations is None
@@ -50,7 +63,9 @@ def test_the_whole_form(tmp_path, bos):
 
 def test_the_metric_of_a_file_is_that_of_its_lines(tmp_path):
     of = word_model()
-    path = written(tmp_path, PAIR, {**PAIR, "clean": "After Mary and John left", "corrupted": "After John and Mary left"})
+    path = written(
+        tmp_path, PAIR, {**PAIR, "clean": "After Mary and John left", "corrupted": "After John and Mary left"}
+    )
     got = evaluate(of, from_file(of, path))
     for i, text in enumerate(("When Mary and John", "After Mary and John left")):
         logits = of(text)[0, -1]
@@ -60,8 +75,14 @@ def test_the_metric_of_a_file_is_that_of_its_lines(tmp_path):
 
 def test_several_targets_are_averaged(tmp_path):
     of = word_model()
-    line = {"clean": "When Mary and John", "corrupted": "When John and John", "targets": [
-        {"pos": 0, "answer": "to", "wrong": "gave"}, {"pos": 2, "answer": [["and", 1], ["left", 3]], "wrong": "gave"}]}  # fmt: skip
+    line = {
+        "clean": "When Mary and John",
+        "corrupted": "When John and John",
+        "targets": [
+            {"pos": 0, "answer": "to", "wrong": "gave"},
+            {"pos": 2, "answer": [["and", 1], ["left", 3]], "wrong": "gave"},
+        ],
+    }
     logits = of("When Mary and John")[0]
     to, gave, both, left = ids(of, "to", "gave", "and", "left")
     want = (logits[0, to] - logits[0, gave] + (logits[2, both] + 3 * logits[2, left]) / 4 - logits[2, gave]) / 2
@@ -98,13 +119,19 @@ WRONG = {
     "NaN weight": (json.dumps({**PAIR, "answer": [["gave", 7]]}).replace("7", "NaN"), "'answer' must be"),
     "both": ({**PAIR, "targets": [{"pos": 0, "answer": "x"}]}, "has both 'targets' and 'answer'/'wrong'"),
     "no targets": ({"clean": "a", "corrupted": "b", "targets": []}, "'targets' must be a list of objects"),
-    "target without pos": ({"clean": "a", "corrupted": "b", "targets": [{"answer": "x"}]}, "pos must be a token index; found None"),
-    "strange target": ({"clean": "a", "corrupted": "b", "targets": [{"pos": 0, "answer": "x", "wrnog": "y"}]}, "unknown fields ['wrnog']"),
+    "target without pos": (
+        {"clean": "a", "corrupted": "b", "targets": [{"answer": "x"}]},
+        "pos must be a token index; found None",
+    ),
+    "strange target": (
+        {"clean": "a", "corrupted": "b", "targets": [{"pos": 0, "answer": "x", "wrnog": "y"}]},
+        "unknown fields ['wrnog']",
+    ),
     "roles": ({**PAIR, "roles": ["S1"]}, "'roles' must be an object of name: token index"),
     "a role of text": ({**PAIR, "roles": {"S1": "Mary"}}, "role S1 must be a token index; found 'Mary'"),
     "a role of true": ({**PAIR, "roles": {"S1": True}}, "role S1 must be a token index; found True"),
     "a role of a half": ({**PAIR, "roles": {"S1": 1.5}}, "role S1 must be a token index; found 1.5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -118,7 +145,7 @@ def test_a_wrong_line_is_named(tmp_path, name):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(UserError, match="no such pairs file: .*missing.jsonl"):
+    with pytest.raises(UserError, match=r"no such pairs file: .*missing.jsonl"):
         read_pairs_file(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match="holds no pairs"):
         read_pairs_file(written(tmp_path, "", "  "))
@@ -136,11 +163,20 @@ def test_files_that_are_none(tmp_path):
         ({**PAIR, "roles": {"S1": 4}}, "line 1: S1 is at token 4, but the prompt has 4 tokens"),
         ({**PAIR, "roles": {"S1": -5}}, "line 1: S1 is at token -5"),
         ({**PAIR, "answer": " "}, "line 1: ' ' is no token at all"),
-        ({**PAIR, "answer": ["gave to", "left"]}, "line 1: of several answers or targets each must be one token: ['gave to']"),
-        ({"clean": "When Mary", "corrupted": "When John", "targets": [{"pos": 2, "answer": "to"}]}, "line 1: pos is at token 2"),
-        ({"clean": "When Mary", "corrupted": "When John", "targets": [{"pos": 0, "answer": "gave to"}]}, "line 1 asks before the end"),
+        (
+            {**PAIR, "answer": ["gave to", "left"]},
+            "line 1: of several answers or targets each must be one token: ['gave to']",
+        ),
+        (
+            {"clean": "When Mary", "corrupted": "When John", "targets": [{"pos": 2, "answer": "to"}]},
+            "line 1: pos is at token 2",
+        ),
+        (
+            {"clean": "When Mary", "corrupted": "When John", "targets": [{"pos": 0, "answer": "gave to"}]},
+            "line 1 asks before the end",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_only_the_tokenizer_can_tell(tmp_path, line, says):
     with pytest.raises(UserError, match=re.escape(says)):
         from_file(word_model(True), written(tmp_path, line))
@@ -148,9 +184,15 @@ def test_what_only_the_tokenizer_can_tell(tmp_path, line, says):
 
 def test_answers_of_several_tokens_are_scored_by_teacher_forcing_alone(tmp_path):
     of = word_model()
-    path = written(tmp_path, {**PAIR, "answer": "gave a book"}, {**PAIR, "clean": "After Mary left", "corrupted": "After John left"})
+    path = written(
+        tmp_path,
+        {**PAIR, "answer": "gave a book"},
+        {**PAIR, "clean": "After Mary left", "corrupted": "After John left"},
+    )
     task = from_file(of, path)
-    with pytest.raises(UserError, match=re.escape("'gave a book' of line 1 is 3 tokens: 'gave' | 'a' | 'book'. Valid: seq-logprob")):
+    with pytest.raises(
+        UserError, match=re.escape("'gave a book' of line 1 is 3 tokens: 'gave' | 'a' | 'book'. Valid: seq-logprob")
+    ):
         evaluate(of, task)
     got = evaluate(of, task, "seq-logprob")
     logits = of("When Mary and John gave a book")[0].log_softmax(-1)

@@ -96,6 +96,15 @@ def test_donors_have_other_names_and_the_other_order(corruption):
         assert rest == [w for w in words(model, task.clean, i) if w not in NAMES], "only the names differ"
 
 
+def test_the_same_answer_in_other_words():
+    model = word_model()
+    task = ioi(model, n=24, seed=5)
+    for i in range(24):
+        clean, other = words(model, task.clean, i), words(model, task.same_answer, i)
+        differs = [(a, b) for a, b in zip(clean, other, strict=True) if a != b]
+        assert len(differs) == 2 and not {w for pair in differs for w in pair} & set(NAMES)
+
+
 def test_words_that_the_tokenizer_lacks_are_not_used():
     model = word_model(without=("Mary", "garden"))
     task = ioi(model, n=64)
@@ -117,5 +126,5 @@ def test_bad_settings(settings, says):
 
 def test_the_preview_shows_tokens_and_roles():
     text = ioi(word_model(True), n=2).preview(word_model(True))
-    assert "S1:" in text and "END:to]" in text and "clean" in text and "corrupted" in text and "answer" in text
+    assert "[S1]" in text and "to[END]" in text and "clean" in text and "corrupted" in text and "answer" in text
     assert "<pad>" not in text

@@ -53,11 +53,13 @@ def test_some_of_the_pairs_are_the_same_pairs():
 
 
 def test_another_prompt_of_the_same_length_and_another_answer():
-    task = pairs(model("llama"), True)
+    task = pairs(model("llama"), True, n=9)
     other = task.other_prompts()
-    if other is None:
-        pytest.skip("no such prompt among these")
     assert torch.equal(other.padding, task.clean.padding)
+    index = [(task.clean.tokens == row).all(-1).nonzero().item() for row in other.tokens]
+    answers, wrong = task.answers.answer[:, 0, 0], task.answers.wrong[:, 0, 0]
+    assert (answers[index] != answers).all() and (answers[index] != wrong).all()
+    assert task.take(torch.tensor([0, 1])).other_prompts() is None, "one is longer than the other"
 
 
 def continued(of, n_wrong=0):
@@ -67,9 +69,16 @@ def continued(of, n_wrong=0):
     more = [[30, 31], [32], [33, 34, 35]]
     targets = [[Target(len(p) - 1, {m[0]: 1.0}, {})] for p, m in zip(prompts, more, strict=True)]
     made = assemble(
-        of, "long", "c", prompts, corrupted, [{"X": 1}, {"X": 0}, {}], targets,
-        continuations=more, long_answer="' a b' of line 1 is 2 tokens: ' a' | ' b'",
-    )  # fmt: skip
+        of,
+        "long",
+        "c",
+        prompts,
+        corrupted,
+        [{"X": 1}, {"X": 0}, {}],
+        targets,
+        continuations=more,
+        long_answer="' a b' of line 1 is 2 tokens: ' a' | ' b'",
+    )
     return made, prompts, corrupted, more
 
 
@@ -96,7 +105,9 @@ def test_roles_stay_at_their_tokens_under_teacher_forcing():
 
 @pytest.mark.parametrize("name", [name for name in METRICS if name != "seq-logprob"])
 def test_other_metrics_refuse_answers_of_several_tokens(name):
-    with pytest.raises(UserError, match=f"{name} needs answers of one token, but ' a b' of line 1 is 2 tokens: ' a' | ' b'"):
+    with pytest.raises(
+        UserError, match=f"{name} needs answers of one token, but ' a b' of line 1 is 2 tokens: ' a' | ' b'"
+    ):
         evaluate(model("llama"), continued(model("llama"))[0], name)
 
 
