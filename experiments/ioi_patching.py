@@ -254,7 +254,7 @@ def _report(
     dropped: list[str],
     config: Config,
 ) -> "mi.reporting.Report":
-    from mechinterp.reporting.sweeps import attention_view, prompt_preview, sweep_section
+    from mechinterp.reporting.sweeps import attention_view, baseline_rows, prompt_preview, sweep_section
 
     groups = {
         "Heads at END": [n for n in sweeps if n.startswith("heads_end")],
@@ -288,7 +288,7 @@ def _report(
         against,
         *([f"Dropped because the time was over: {', '.join(dropped)}."] if dropped else []),
     ]
-    rows = [(f"{name}, {key}", value) for name, b in baselines.items() for key, value in _baseline_rows(b)]
+    rows = [(f"{name}, {key}", value) for name, b in baselines.items() for key, value in baseline_rows(b)]
     command = f"python experiments/ioi_patching.py --model {config.model} --n {config.n} --n-heads {config.n_heads} --seed {config.seed}"
     return mi.reporting.Report(
         title="Which heads carry the indirect object?",
@@ -301,17 +301,6 @@ def _report(
         sections=(heads, *sections),
         caveats=tuple(caveats),
     )
-
-
-def _baseline_rows(baseline: Any) -> list[tuple[str, str]]:
-    def show(interval: Any) -> str:
-        return f"{float(interval.estimate):.2f} [{float(interval.low):.2f}, {float(interval.high):.2f}]"
-
-    return [
-        ("clean logit difference", show(baseline.clean)),
-        ("corrupted logit difference", show(baseline.corrupted)),
-        ("accuracy, P(answer)", f"{baseline.accuracy:.0%}, {baseline.prob:.2f}"),
-    ]
 
 
 def _table(named: list[dict[str, Any]]) -> "mi.reporting.Table":

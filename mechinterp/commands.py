@@ -6,7 +6,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import mechinterp
@@ -20,7 +19,7 @@ from mechinterp.models.catalog import CATALOG, fetch
 from mechinterp.patching import SweepResult, sweep
 from mechinterp.reporting import Report, Section, Table, rebuild
 from mechinterp.reporting.page import render
-from mechinterp.reporting.sweeps import prompt_preview
+from mechinterp.reporting.sweeps import baseline_rows, prompt_preview, threshold_text
 from mechinterp.results import plain, write_json
 from mechinterp.tasks.pairs import PromptPairs
 
@@ -167,9 +166,8 @@ def _top(result: SweepResult) -> tuple[list[str], list[list[Any]]]:
 
 def _controls(result: SweepResult) -> str:
     about = result.about
-    threshold = "undefined" if not np.isfinite(about["threshold"]) else f"{about['threshold']:.3f}"
     return (
-        f"passes: |effect| > {threshold} (sign flips, family-wise 5% over all {result.data['effect'].size} cells), and "
+        f"passes: |effect| > {threshold_text(result)} (sign flips, family-wise 5% over all {result.data['effect'].size} cells), and "
         f"the 95% interval of its difference to a donor's patch (control: {about['control']}) excludes 0"
     )
 
@@ -250,7 +248,7 @@ def _sweep_report(
         answer=result.summary(),
         header=f"{about['header']} · n = {about['n_prompts']}",
         command=command,
-        baseline=_baseline_rows(before),
+        baseline=baseline_rows(before),
         prompts=prompt_preview(model, pairs, 2),
         sections=(figures,),
         caveats=_caveats(result),
@@ -262,18 +260,6 @@ def _sweep_report(
             "pairs": dict(pairs.source),
         },
     )
-
-
-def _baseline_rows(before: Baseline) -> tuple[tuple[str, str], ...]:
-    rows = [
-        (f"{side} {before.metric}", f"{float(one.estimate):.2f} [{float(one.low):.2f}, {float(one.high):.2f}]")
-        for side, one in (("clean", before.clean), ("corrupted", before.corrupted))
-    ]
-    if before.accuracy is not None:
-        rows.append(("accuracy", f"{before.accuracy:.0%}"))
-    if before.prob is not None and np.isfinite(before.prob):
-        rows.append(("P(answer)", f"{before.prob:.2f}"))
-    return (*rows, ("n", str(before.n)))
 
 
 def _caveats(result: SweepResult) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ class Result:
             "about": dict(self.about),
         }
         partial = Path(f"{path}.partial")
-        save_file(arrays, partial, metadata={"mechinterp_result": json.dumps(note)})
+        save_file(arrays, partial, metadata={"mechinterp_result": json.dumps(plain(note), allow_nan=False)})
         os.replace(partial, path)
 
     @classmethod

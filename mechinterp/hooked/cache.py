@@ -38,6 +38,8 @@ class Cache(Mapping[str, Tensor]):
         tensor = self._tensors[site.hook_name]
         if site.neurons is not None:
             tensor = tensor[..., site.neuron if isinstance(site.neuron, int) else list(site.neurons)]
+        if site.basis is not None:
+            tensor = tensor @ torch.linalg.pinv(site.basis.float()).to(tensor)  # coordinates in the basis
         if site.heads is None or site.kind.head_axis is None:
             return tensor
         dim = site.kind.dim(site.kind.head_axis)

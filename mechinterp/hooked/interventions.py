@@ -5,6 +5,7 @@ through `new_value`, so that the one forward (forward.py) needs to know nothing 
 live activation, and may be written to another site than the one that it was read from (`Apply(..., writes=...)`).
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -199,10 +200,10 @@ class Patch(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Resample(Intervention):
-    """Set to the activation of another prompt, drawn without replacement where there are enough.
+    """Set to the activation of another prompt of the same length, drawn anew for each prompt.
 
     Attributes:
-        over: prompts to draw from, of the same number of positions as the run's.
+        over: prompts to draw from, padded to the same number of positions as the run's.
         seed: of the draw; the same seed gives each prompt the same donor.
     """
 
@@ -216,18 +217,22 @@ class Resample(Intervention):
         pos = self.reads.kind.dim(self.reads.kind.pos_axis)
         if state.shape[pos] != rows.prompts.n_pos:
             raise UserError(f"Resample is over {state.shape[pos]} positions, the run has {rows.prompts.n_pos}")
-        donors = self.donors(len(rows.prompts))
-        _require_same_padding(self.over.take(donors), rows.prompts, "a donor of Resample")
-        return rows.of(state[donors], pos).to(activation)
+        return rows.of(state[self.donors(rows.prompts)], pos).to(activation)
 
-    def donors(self, n: int) -> Tensor:
-        """`[prompt]` which prompt of `over` each of n prompts takes; never its own number."""
+    def donors(self, prompts: Prompts) -> Tensor:
+        """`[prompt]` which prompt of `over` each prompt of the run takes; never its own number.
+
+        Raises:
+            UserError: no other prompt has that length.
+        """
         draw = torch.Generator().manual_seed(self.seed)
-        m = len(self.over)
-        if m < 2:
-            raise UserError("Resample needs at least two prompts to draw from")
-        shift = torch.randperm(m - 1, generator=draw)[0] + 1
-        return (torch.arange(n) + shift) % m
+        theirs, ours, chosen = self.over.padding.cpu(), prompts.padding.cpu(), []
+        for i, padding in enumerate(ours):
+            same = [j for j in (theirs == padding).nonzero().flatten().tolist() if j != i]
+            if not same:
+                raise UserError(f"Resample: no other prompt has the length of prompt {i}")
+            chosen.append(same[int(torch.randint(len(same), (1,), generator=draw))])
+        return torch.tensor(chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +267,7 @@ class Steer(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Noise(Intervention):
-    """Add Gaussian noise, the same for a prompt and position in every run with this seed.
+    """Add Gaussian noise: the same in every run of the same prompts with this seed, another at every site.
 
     Attributes:
         std: standard deviation, in the activation's units.
@@ -274,7 +279,7 @@ class Noise(Intervention):
 
     def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
         pos = self.reads.kind.dim(self.reads.kind.pos_axis)
-        draw = torch.Generator().manual_seed(self.seed)
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(str(self.reads).encode()))
         noise = torch.randn(rows.whole_shape(activation, pos), generator=draw)
         return activation + self.std * rows.of(noise, pos).to(activation)
 

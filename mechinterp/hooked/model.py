@@ -133,9 +133,11 @@ class HookedModel:
             prompts = Prompts.from_lists([self.encode(t) for t in texts], self.pad_token, bos=self.info.bos)
         else:
             prompts = Prompts.from_lists([[int(i) for i in row] for row in text], self.pad_token)  # type: ignore[union-attr]
-        top = int(prompts.tokens.max())
-        if top >= self.d_vocab:
-            raise UserError(f"token id {top} is outside the vocabulary of {self.d_vocab} tokens")
+        if prompts.tokens.numel() == 0:
+            raise UserError(f"a prompt needs at least one token; found a tensor of shape {tuple(prompts.tokens.shape)}")
+        for extreme in (int(prompts.tokens.min()), int(prompts.tokens.max())):
+            if not 0 <= extreme < self.d_vocab:
+                raise UserError(f"token id {extreme} is outside the vocabulary of {self.d_vocab} tokens")
         return prompts
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:

@@ -47,14 +47,17 @@ def spots(pairs: PromptPairs, positions: Where) -> tuple[str | None, list[Spot]]
         UserError: positions of no known kind, unknown roles, or "each" for prompts of several lengths.
     """
     prompts = pairs.clean
+    # Positions are the prompt's own: of an answer that teacher forcing appended nothing is patched.
+    ends = prompts.n_pos - (torch.zeros(len(pairs), dtype=torch.long) if pairs.appended is None else pairs.appended)
+    places = torch.arange(prompts.n_pos)
     if positions == "all":
-        return None, [Spot("all", prompts.real)]
+        return None, [Spot("all", prompts.real.cpu() & (places < ends[:, None]))]
     if positions == "last":
-        return None, [Spot("last", prompts.select(-1))]
+        return None, [Spot("last", places == ends[:, None] - 1)]
     if positions == "each":
-        if prompts.mask is not None:
+        if prompts.mask is not None or len(ends.unique()) > 1:
             raise UserError("positions 'each' needs prompts of one length; valid here: all, last, roles, role names")
-        return "pos", [Spot(i, prompts.select(i)) for i in range(prompts.n_pos)]
+        return "pos", [Spot(i, prompts.select(i)) for i in range(int(ends[0]))]
     if positions == "roles":
         if not pairs.roles:
             raise UserError("positions 'roles' needs a task with roles; these pairs have none. Valid: all, each, last")
@@ -66,7 +69,9 @@ def spots(pairs: PromptPairs, positions: Where) -> tuple[str | None, list[Spot]]
     if not named:
         raise UserError("no positions given; valid: all, each, last, roles, role names, indices")
     if all(isinstance(one, int) for one in named):
-        return "pos", [Spot(one, prompts.select(one)) for one in named]
+        counted = torch.tensor(named).expand(len(pairs), -1)
+        counted = torch.where(counted < 0, counted + (ends - prompts.n_pos)[:, None], counted)
+        return "pos", [Spot(one, prompts.select(at)) for one, at in zip(named, counted.T, strict=True)]
     unknown = [one for one in named if one not in pairs.roles]
     if unknown:
         roles = ", ".join(pairs.roles) or "none"

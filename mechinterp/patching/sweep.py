@@ -26,6 +26,7 @@ from mechinterp.hooked.sites import KINDS, Site
 from mechinterp.metrics import Metric, as_metric
 from mechinterp.patching.cells import Cell, CellRunner, Recordings, Spot, Where, spots
 from mechinterp.patching.result import SweepResult
+from mechinterp.results import plain
 from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_difference, sign_flip_threshold
 from mechinterp.tasks.pairs import PromptPairs
 
@@ -99,7 +100,7 @@ def sweep(
     labels = _labels(model, sites, axis, chosen)
     about = _about(model, given, metric, site, direction, positions, seed) | {
         "baseline": {"clean": float(ends[0].mean()), "corrupted": float(ends[1].mean())},
-        "threshold": threshold,
+        "threshold": plain(threshold),
         "control": control,
         "scope": interval_scope(templates_of(pairs)),
         "rows_run": runner.rows_run,

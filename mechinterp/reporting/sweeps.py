@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from mechinterp.evaluation import Baseline
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import Site
@@ -72,7 +73,7 @@ def _panel(result: SweepResult, at: dict[str, object], across: str | None, zmax:
             "clean": f"{baseline['clean']:.3f}",
             "corrupted": f"{baseline['corrupted']:.3f}",
             "n": result.about["n_prompts"],
-            "threshold": f"{result.about['threshold']:.3f}",
+            "threshold": threshold_text(result),
             "control patches from": result.about["control"],
         },
         title=title,
@@ -80,6 +81,25 @@ def _panel(result: SweepResult, at: dict[str, object], across: str | None, zmax:
         y_title="layer",
         zmax=zmax,
     )
+
+
+def threshold_text(result: SweepResult) -> str:
+    """The sign-flip threshold in words."""
+    value = result.about["threshold"]
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def baseline_rows(before: Baseline) -> tuple[tuple[str, str], ...]:
+    """What the model does on the task, as pairs of name and value."""
+    rows = [
+        (f"{side} {before.metric}", f"{float(one.estimate):.2f} [{float(one.low):.2f}, {float(one.high):.2f}]")
+        for side, one in (("clean", before.clean), ("corrupted", before.corrupted))
+    ]
+    if before.accuracy is not None:
+        rows.append(("accuracy", f"{before.accuracy:.0%}"))
+    if before.prob is not None:
+        rows.append(("P(answer)", f"{before.prob:.2f}"))
+    return (*rows, ("n", str(before.n)))
 
 
 def sweep_section(heading: str, text: str, sweeps: Sequence[SweepResult]) -> Section:

@@ -33,8 +33,13 @@ def from_lines(
     for line, tokens in zip(lines, clean, strict=True):
         answers = {text: model.encode(text, bos=False) for q in line.questions for text in (*q.answer, *q.wrong)}
         for text, ids in answers.items():
-            if not ids:
-                raise UserError(f"line {line.number}: {text!r} is no token at all under this tokenizer")
+            unknown = getattr(model.tokenizer, "unk_token_id", None)
+            if not ids or (unknown in ids and model.token_strings([unknown])[0].strip() != text.strip()):
+                raise UserError(f"line {line.number}: {text!r} is not in the vocabulary of this tokenizer")
+        for question in line.questions:
+            both = {tuple(answers[t]) for t in question.answer} & {tuple(answers[t]) for t in question.wrong}
+            if both:
+                raise UserError(f"line {line.number}: an answer is also a wrong answer: {sorted(question.wrong)}")
         longer = [text for text, ids in answers.items() if len(ids) != 1]
         if longer:
             if len(line.questions) > 1 or len(line.questions[0].answer) > 1:

@@ -96,6 +96,7 @@ class PromptPairs:
         seed: that the pairs were drawn with.
         continuations: where answers have several tokens, their token ids by prompt (see `teacher_forced`).
         long_answer: the first such answer and its split, for messages.
+        appended: `[prompt]` tokens of the answer that teacher forcing appended; None if it did not.
         source: what the pairs were made from: settings, or a file and its hash.
     """
 
@@ -109,6 +110,7 @@ class PromptPairs:
     seed: int = 0
     continuations: Sequence[Sequence[int]] | None = None
     long_answer: str | None = None
+    appended: Tensor | None = None
     source: Mapping[str, str | int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -137,6 +139,7 @@ class PromptPairs:
             donor=None if self.donor is None else self.donor.take(index),
             same_answer=None if self.same_answer is None else self.same_answer.take(index),
             continuations=keep,
+            appended=None if self.appended is None else self.appended[index],
         )
 
     def other_prompts(self) -> Prompts | None:
@@ -193,7 +196,7 @@ class PromptPairs:
         ]
         return replace(
             self, clean=sides[0], corrupted=sides[1], answers=Answers.build(targets), donor=None, same_answer=None,
-            continuations=None, long_answer=None,
+            continuations=None, long_answer=None, appended=torch.tensor([len(more) - 1 for more in self.continuations]),
         )
 
 
@@ -227,9 +230,12 @@ def assemble(
     moves by one. `extra` are further fields of PromptPairs.
 
     Raises:
-        UserError: the sides of a pair differ in length; both are shown by token.
+        UserError: the sides of a pair, or its donors, differ in length; the sides are shown by token.
     """
     for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)):
+        others = [*([donor[0][i]] if donor else []), *([same_answer[i]] if same_answer else [])]
+        if any(len(other) != len(a) for other in others):
+            raise UserError(f"pair {i + 1}: a control prompt differs from it in length; choose words of equal length")
         if len(a) != len(b):
             shown = [" | ".join(model.token_strings(side)) for side in (a, b)]
             raise UserError(

@@ -1,6 +1,6 @@
 """Write the pairs that `ioi_plain.py` runs: those of `mechinterp.tasks.ioi`, as token ids without padding.
 
-    python scripts/reference/ioi_pairs.py --json experiments/reference/ioi_smollm2_pairs.json
+python scripts/reference/ioi_pairs.py --json experiments/reference/ioi_smollm2_pairs.json
 """
 
 import argparse

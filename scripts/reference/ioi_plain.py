@@ -1,4 +1,4 @@
-"""Head patching on prompt pairs with plain transformers and torch forward hooks: what our own numbers are compared with.
+"""Head patching with plain transformers and torch forward hooks: what our own numbers are compared with.
 
     python scripts/reference/ioi_plain.py --model FOLDER --pairs experiments/reference/ioi_smollm2_pairs.json \
         --json experiments/reference/ioi_smollm2.json
@@ -43,7 +43,7 @@ def by_length(pairs: list[Pair]) -> list[list[Pair]]:
 
 def logit_diff(model: torch.nn.Module, side: str, group: list[Pair]) -> Tensor:
     """`[prompt]` of a run of one side, under the hooks that are in place."""
-    logits = model(torch.tensor([pair[side] for pair in group]), use_cache=False).logits[:, -1]
+    logits = model(torch.tensor([pair[side] for pair in group]), use_cache=False, logits_to_keep=1).logits[:, -1]
     rows = torch.arange(len(group))
     answer, wrong = (torch.tensor([pair[name] for pair in group]) for name in ("answer", "wrong"))
     return logits[rows, answer] - logits[rows, wrong]
@@ -88,7 +88,7 @@ def main() -> int:
     """Read pairs, write effects."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Hugging Face folder")
-    parser.add_argument("--pairs", type=Path, required=True, metavar="FILE", help='{"pairs": {corruption: [pair, ...]}}')
+    parser.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="of ioi_pairs.py")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="what to write")
     args = parser.parse_args()
     given = json.loads(args.pairs.read_text())
@@ -115,10 +115,10 @@ def main() -> int:
         "dtype": "float32",
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
-        "effects": found,
+        "corruptions": found,
     }
     scratch = args.json.with_name(args.json.name + ".partial")
-    scratch.write_text(json.dumps(made, indent=None) + "\n")
+    scratch.write_text(json.dumps(made) + "\n")
     os.replace(scratch, args.json)
     return 0
 

@@ -162,9 +162,9 @@ def test_files_that_are_none(tmp_path):
         ({**PAIR, "corrupted": "When John"}, "pair 1: the clean side has 4 tokens, the corrupted 2"),
         ({**PAIR, "roles": {"S1": 4}}, "line 1: S1 is at token 4, but the prompt has 4 tokens"),
         ({**PAIR, "roles": {"S1": -5}}, "line 1: S1 is at token -5"),
-        ({**PAIR, "answer": " "}, "line 1: ' ' is no token at all"),
+        ({**PAIR, "answer": " "}, "line 1: ' ' is not in the vocabulary"),
         (
-            {**PAIR, "answer": ["gave to", "left"]},
+            {**PAIR, "answer": ["gave to", "to"]},
             "line 1: of several answers or targets each must be one token: ['gave to']",
         ),
         (
@@ -206,3 +206,12 @@ def test_a_line_that_asks_before_the_end_is_not_scored_at_the_end(tmp_path):
     middle = {"clean": "When Mary left", "corrupted": "When John left", "targets": [{"pos": 1, "answer": "and"}]}
     with pytest.raises(UserError, match="line 2 asks before the end"):
         from_file(word_model(), written(tmp_path, {**PAIR, "answer": "gave a book"}, middle))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [({**PAIR, "wrong": PAIR["answer"]}, "also a wrong answer"), ({**PAIR, "answer": "Zanzibar"}, "not in the vocabulary")],
+)
+def test_an_answer_that_is_also_wrong_or_unknown_is_refused(tmp_path, line, says):
+    with pytest.raises(UserError, match=says):
+        from_file(word_model(), written(tmp_path, line))

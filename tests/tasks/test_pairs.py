@@ -5,6 +5,7 @@ import torch
 
 from mechinterp import UserError, evaluate
 from mechinterp.metrics import METRICS
+from mechinterp.patching.cells import spots
 from mechinterp.tasks.pairs import Answers, PromptPairs, Target, assemble
 from tests.families import full_logits, model, pairs
 from tests.tasks.word_model import word_model
@@ -116,3 +117,24 @@ def test_single_token_answers_are_logprobs():
     task = pairs(of, True)
     assert isinstance(task, PromptPairs)
     assert torch.allclose(evaluate(of, task, "seq-logprob"), evaluate(of, task, "logprob"))
+
+
+def test_positions_of_a_teacher_forced_task_are_the_prompts_own():
+    of = model("llama")
+    task, prompts, *_ = continued(of)
+    longer = task.teacher_forced()
+    tokens = longer.clean.tokens
+
+    def at(positions):
+        return [tokens[i][mask].tolist() for i, mask in enumerate(spots(longer, positions)[1][0].mask)]
+
+    assert at("all") == prompts
+    assert at("last") == at([-1]) == [[p[-1]] for p in prompts]
+    assert at([1]) == [[p[1]] for p in prompts] and at([-2]) == [[p[-2]] for p in prompts]
+
+
+def test_control_prompts_have_the_length_of_their_pair():
+    target = [[Target(2, {1: 1.0}, {2: 1.0})]]
+    for extra in ({"donor": ([[1, 2]], [{}])}, {"same_answer": [[1, 2, 3, 4]]}):
+        with pytest.raises(UserError, match="pair 1: a control prompt differs from it in length"):
+            assemble(model("llama"), "t", "c", [[1, 2, 3]], [[1, 2, 4]], [{}], target, **extra)
