@@ -13,7 +13,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +109,9 @@ def _sweeps(
         for direction in ("denoise", "noise"):
             plan.append((f"heads_end-{direction}-{corruption}", pairs[corruption], "z", "END", direction))
             plan.append((f"heads_all-{direction}-{corruption}", few[corruption], "z", "all", direction))
-    by_role = [(f"{site}-roles", pairs["new-names"], site, "roles", "denoise") for site in ("resid_pre", "attn_out", "mlp_out")]
+    by_role = [
+        (f"{site}-roles", pairs["new-names"], site, "roles", "denoise") for site in ("resid_pre", "attn_out", "mlp_out")
+    ]
     done, dropped = {}, []
     for name, task, site, positions, direction in [*plan, *by_role]:
         done_before = (run.path / "results" / name).exists()
@@ -163,7 +164,9 @@ def name_heads(model: mi.HookedModel, pairs: "PromptPairs", heads: list[tuple[in
 def head_name(attention: list[float], direct: float) -> str:
     """A head's name from its `LOOKS` and its direct share of the logit difference."""
     if abs(direct) >= WRITES_AT_LEAST:
-        weight, key = max((weight, key) for weight, (query, key) in zip(attention, LOOKS, strict=True) if query == "END")
+        weight, key = max(
+            (weight, key) for weight, (query, key) in zip(attention, LOOKS, strict=True) if query == "END"
+        )
         if weight < LOOKS_AT_LEAST or key == "END":
             where = "looks elsewhere" if weight < LOOKS_AT_LEAST else "looks at END"
             return f"writer, {where}" if direct > 0 else f"negative writer, {where}"
@@ -224,7 +227,9 @@ def reference_gaps(sweeps: "dict[str, SweepResult]", reference: dict[str, Any]) 
     return gaps
 
 
-def finding(model: mi.HookedModel, sweeps: "dict[str, SweepResult]", named: list[dict[str, Any]], config: Config) -> str:
+def finding(
+    model: mi.HookedModel, sweeps: "dict[str, SweepResult]", named: list[dict[str, Any]], config: Config
+) -> str:
     """The answer in one or two sentences, with n and intervals."""
     end = sweeps["heads_end-denoise-swapped-subject"]
     name_of = {head["head"]: head["name"] for head in named}
@@ -263,7 +268,7 @@ def _report(
     }
     texts = {
         "Heads at END": "Each head's output z at the last token, patched alone.",
-        "Heads at all positions": "Each head's output at every token at once: heads that act before END show here only.",
+        "Heads at all positions": "Each head's output at all tokens at once: heads that act before END show only here.",
         "Residual stream, attention and MLP outputs by role": "New names, denoised: where the answer's information is, "
         "by token role.",
     }
@@ -272,27 +277,30 @@ def _report(
         for heading, names in groups.items()
         if names
     ]
-    view = attention_view(model, pairs["swapped-subject"].clean, {h["head"]: h["name"] for h in named}) if named else None
+    view = (
+        attention_view(model, pairs["swapped-subject"].clean, {h["head"]: h["name"] for h in named}) if named else None
+    )
     heads = mi.reporting.Section(
         "The heads that were found", "What each head attends to and writes, on the clean prompts.",
         table=_table(named), attention=view,
     )  # fmt: skip
     caveats = [
-        "An effect is 0 for the base run and 1 for the run that the activation comes from; a ratio of means over prompts.",
+        "An effect is a ratio of means over prompts: 0 is the base run, 1 the run that the activation comes from.",
         "A dot marks cells that pass both controls: beyond the sign-flip threshold over all cells of that sweep "
         "(family-wise 5%), and different from a patch out of a donor prompt. Denoising: a donor of other names in "
         "another order. Noising: the same names in the same order, in other words. Only the ten largest cells of a "
         "sweep have the donor control.",
         "Single-head effects do not add up: backup heads take over, and heads share what they move.",
-        "A head's name follows from where it looks and what it writes directly; it is a label, not a proof of its part.",
+        "A head's name follows from where it looks and what it writes directly: a label, not a proof of its part.",
         against,
         *([f"Dropped because the time was over: {', '.join(dropped)}."] if dropped else []),
     ]
     rows = [(f"{name}, {key}", value) for name, b in baselines.items() for key, value in baseline_rows(b)]
-    command = f"python experiments/ioi_patching.py --model {config.model} --n {config.n} --n-heads {config.n_heads} --seed {config.seed}"
+    flags = {"model": config.model, "n": config.n, "n-heads": config.n_heads, "seed": config.seed, "bos": config.bos}
+    command = " ".join(["python experiments/ioi_patching.py", *(f"--{name} {value}" for name, value in flags.items())])
     return mi.reporting.Report(
         title="Which heads carry the indirect object?",
-        question="Which attention heads of the model carry the answer to an indirect-object prompt, and what do they do?",
+        question="Which attention heads carry the answer to an indirect-object prompt, and what do they do?",
         answer=answer,
         header=f"{model.header()} · IOI, {len(pairs['new-names'])} pairs",
         command=command,
@@ -324,7 +332,8 @@ def _read(path: Path) -> Any:
     return json.loads(Path(path).read_text())
 
 
-_write: Callable[[Any, Path], None] = lambda value, path: Path(path).write_text(json.dumps(value, indent=1))  # noqa: E731
+def _write(value: Any, path: Path) -> None:
+    Path(path).write_text(json.dumps(value, indent=1))
 
 
 if __name__ == "__main__":

@@ -167,8 +167,9 @@ def _top(result: SweepResult) -> tuple[list[str], list[list[Any]]]:
 def _controls(result: SweepResult) -> str:
     about = result.about
     return (
-        f"passes: |effect| > {threshold_text(result)} (sign flips, family-wise 5% over all {result.data['effect'].size} cells), and "
-        f"the 95% interval of its difference to a donor's patch (control: {about['control']}) excludes 0"
+        f"passes: |effect| > {threshold_text(result)} (sign flips, family-wise 5% over all "
+        f"{result.data['effect'].size} cells), and the 95% interval of its difference to a donor's patch "
+        f"(control: {about['control']}) excludes 0"
     )
 
 

@@ -107,16 +107,20 @@ def baseline(model: HookedModel, pairs: PromptPairs, metric: Metric | str | None
     # The whole vocabulary of the clean run, once: accuracy and probability come from it too.
     clean = read_logits(model, ready.clean, Read(metric.read(ready).positions))
     corrupted = read_logits(model, ready.corrupted, metric.read(ready))
-    sides = metric(_columns(clean, metric.read(ready)), ready.answers, clean), metric(corrupted, ready.answers, clean)
     clusters = templates_of(pairs)
-    intervals = [bootstrap_ratio(values.double().numpy(), clusters=clusters, seed=seed) for values in sides]
+
+    def interval(logits: Tensor) -> Interval:
+        values = metric(logits, ready.answers, clean).double().numpy()
+        return bootstrap_ratio(values, clusters=clusters, seed=seed)
+
     accuracy, prob = None, None
     if pairs.continuations is None and not isinstance(metric, Function):
         prob = float(Prob()(clean, ready.answers).mean())
         if pairs.answers.has_wrong:
             gap = LogitDiff()(_columns(clean, LogitDiff().read(ready)), ready.answers)
             accuracy = float((gap > 0).double().mean())
-    return Baseline(metric.name, *intervals, accuracy, prob, len(pairs), interval_scope(clusters))
+    ours, theirs = interval(_columns(clean, metric.read(ready))), interval(corrupted)
+    return Baseline(metric.name, ours, theirs, accuracy, prob, len(pairs), interval_scope(clusters))
 
 
 def _columns(logits: Tensor, read: Read) -> Tensor:
@@ -142,6 +146,6 @@ def require_behaviour(metric: Metric, clean: Tensor, corrupted: Tensor) -> None:
         return
     raise UserError(
         f"the model does not do this task: mean {metric.name} is {float(clean.mean()):.3f} on the clean prompts and "
-        f"{float(corrupted.mean()):.3f} on the corrupted ones (n={len(clean)}). Check the prompts, the answers' leading "
-        "spaces and the BOS, or sweep all the same with force=True (--force)"
+        f"{float(corrupted.mean()):.3f} on the corrupted ones (n={len(clean)}). Check the prompts, the answers' "
+        "leading spaces and the BOS, or sweep all the same with force=True (--force)"
     )

@@ -152,7 +152,7 @@ METRICS: dict[str, type[Metric]] = {m.name: m for m in (LogitDiff, Prob, LogProb
 
 
 def as_metric(metric: Metric | str | Callable[[Tensor], Tensor] | None) -> Metric:
-    """A metric from itself, its name, or a plain function; None is the logit difference. Raises UserError if unknown."""
+    """A metric from itself, its name (UserError if unknown), or a plain function; None is the logit difference."""
     if metric is None:
         return LogitDiff()
     if isinstance(metric, Metric):

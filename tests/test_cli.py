@@ -242,7 +242,7 @@ def test_patch_prints_what_was_run_and_what_was_found(swept):
     lines = text.splitlines()
     assert lines[0].startswith(PLANTED) and "no BOS" in lines[0]
     assert lines[1] == "task: induction, swapped-predecessors, n=16, seed 3, roles A1 B1 C1 D1 END"
-    assert lines[2].lstrip().startswith("clean") and "END:" in lines[2]
+    assert lines[2].lstrip().startswith("clean") and "[END]" in lines[2]
     assert lines[5].startswith("baseline: clean logit-diff 7.")
     assert "largest L1H2 END" in lines[6] and "n=16" in lines[6]
     rows = lines[8:20]

@@ -16,7 +16,9 @@ def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("MECHINTERP_NOTEBOOK_PAIRS", "4")
     monkeypatch.setenv("PYTHONPATH", str(path.parent.parent))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    ).execute()
     failed = [cell for cell in notebook.cells if any(o.output_type == "error" for o in cell.get("outputs", []))]
     assert not failed
 

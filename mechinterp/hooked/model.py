@@ -145,7 +145,7 @@ class HookedModel:
         if self.tokenizer is None:
             raise UserError(f"{self.info.name} has no tokenizer: give token ids instead of text")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [self.tokenizer.bos_token_id, *ids] if (self.info.bos if bos is None else bos) else list(ids)
+        return [self.bos_token, *ids] if (self.info.bos if bos is None else bos) else list(ids)
 
     def split(self, text: str) -> list[str]:
         """The text of each token, without a BOS."""
@@ -155,6 +155,14 @@ class HookedModel:
         """The text of each token id."""
         ids = [int(i) for i in ids]
         return [str(i) for i in ids] if self.tokenizer is None else [str(self.tokenizer.decode([i])) for i in ids]
+
+    @property
+    def bos_token(self) -> int:
+        """Id of the BOS. Raises UserError if the tokenizer has none."""
+        token = getattr(self.tokenizer, "bos_token_id", None)
+        if not isinstance(token, int):
+            raise UserError(f"the tokenizer of {self.info.name} has no BOS to prepend")
+        return token
 
     @property
     def pad_token(self) -> int:

@@ -74,7 +74,7 @@ def _at(activation: Tensor, positions: Tensor) -> Tensor:
     return activation.gather(1, positions[..., None].expand(-1, -1, activation.shape[-1]))
 
 
-class _StopBeforeFinalNorm(Exception):  # noqa: N818 (control flow, not an error)
+class _StopBeforeFinalNorm(Exception):
     pass
 
 
@@ -183,7 +183,7 @@ class Recording:
 
     def _prefix(self, layer: int, rows: Rows) -> _Prefix:
         assert self.cache is not None
-        kept = self.cache.layers[layer]
+        kept: Any = self.cache.layers[layer]
         keys, values = kept.keys[:, :, : rows.start], kept.values[:, :, : rows.start]
         return _Prefix(keys[rows.index], values[rows.index])
 

@@ -165,7 +165,7 @@ class CellRunner:
         for batch, start in self._batches(starts[cell_of, local], cell_of, local, layers):
             prompts = index[local[batch]]
             rows = Rows(recording.prompts, prompts.to(self.model.device), start)
-            these = [cells[i] for i in cell_of[batch]]
+            these = [cells[i] for i in cell_of[batch].tolist()]
             among = {cell.layer for cell in these}
             edits = {
                 site.hook_name: self._edit(sources[site.hook_name], site, these, recording)

@@ -19,9 +19,9 @@ class SweepResult(Result):
 
     `data` holds, over the cell's axes (`layer`, then `head` or `kv_head`, then `pos` or `role`):
     `effect` (0 the base run, 1 the source run), `ci_low` and `ci_high` (95%), `control` (the effect of a patch from a
-    donor prompt, which `about["control"]` describes, of the largest cells), `passes` (beyond the sign-flip threshold, and the interval of the difference to
-    the donor excludes 0), and `patched` with a further axis `prompt`; over `prompt` alone: `base` and `source`, the
-    metric of the two runs.
+    donor prompt, which `about["control"]` describes, of the largest cells), `passes` (beyond the sign-flip threshold,
+    and the interval of the difference to the donor excludes 0), and `patched` with a further axis `prompt`; over
+    `prompt` alone: `base` and `source`, the metric of the two runs.
     """
 
     @property
@@ -39,7 +39,7 @@ class SweepResult(Result):
     def top(self, n: int = 10) -> pd.DataFrame:
         """The cells of largest |effect|, with interval and controls; `passes` marks those that pass both."""
         frame = self.to_frame()
-        frame = frame.reindex(frame["effect"].abs().sort_values(ascending=False, kind="stable").index).head(n)
+        frame = frame.iloc[np.argsort(-np.abs(frame["effect"].to_numpy()), kind="stable")[:n]]
         frame.insert(0, "cell", [self.label(row) for row in frame.to_dict("records")])
         return frame.reset_index(drop=True)
 
@@ -77,14 +77,15 @@ class SweepResult(Result):
     def summary(self) -> str:
         """One line: what was patched, and the largest cell with its interval."""
         about, best = self.about, self.top(1).iloc[0]
+        passed, tested = int(self.data["passes"].sum()), int(np.isfinite(self.data["control"]).sum())
         n = f"n={about['n_prompts']}"
         if not np.isfinite(best["effect"]):
             return f"{about['site']} {about['direction']}: undefined, the two runs do not differ ({n})"
         interval = "" if not np.isfinite(best["ci_low"]) else f" [{best['ci_low']:.2f}, {best['ci_high']:.2f}]"
         return (
             f"{about['site']} {about['direction']}, {about['metric']}: largest {best['cell']} "
-            f"{best['effect']:.2f}{interval}; {int(self.data['passes'].sum())} of the {min(10, self.data['effect'].size)} "
-            f"largest cells pass both controls ({n}, 95% {about['scope']})"
+            f"{best['effect']:.2f}{interval}; {passed} of the {tested} largest cells pass both controls "
+            f"({n}, 95% {about['scope']})"
         )
 
     def _repr_html_(self) -> str:

@@ -113,7 +113,7 @@ def sweep(
 def _sites(model: HookedModel, name: str, layers: Sequence[int] | None) -> list[Site]:
     """The site in every layer asked for; UserError if the model lacks it or nothing can be written there."""
     kind = Site(name).kind
-    if not kind.layered or "pos" not in kind.axes and "query" not in kind.axes:
+    if not kind.layered or ("pos" not in kind.axes and "query" not in kind.axes):
         swept = ", ".join(name for name, kind in KINDS.items() if kind.layered)
         raise UserError(f"site {name!r} cannot be swept: it is not in a layer; valid: {swept}")
     present = [s.layer for s in model.site_list if s.name == name]

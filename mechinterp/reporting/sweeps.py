@@ -63,10 +63,7 @@ def _panel(result: SweepResult, at: dict[str, object], across: str | None, zmax:
         ci_low=grid("ci_low"),
         ci_high=grid("ci_high"),
         control=control,
-        passes=[
-            [bool(ok) if tested else None for ok, tested in zip(*row, strict=True)]
-            for row in zip(grid("passes"), np.isfinite(control), strict=True)
-        ],
+        passes=np.where(np.isfinite(control), grid("passes").astype(object), np.array(None)),
         labels=labels,
         facts={
             "metric": result.about["metric"],

@@ -52,7 +52,10 @@ def from_lines(
         last = [q.pos is None or _at(line, "pos", q.pos, len(tokens)) == len(tokens) - 1 for q in line.questions]
         if long and last != [True]:
             raise UserError(f"line {line.number} asks before the end, which answers of several tokens ({long}) cannot")
-    roles = [{role: _at(line, role, at, len(t)) for role, at in line.roles.items()} for line, t in zip(lines, clean, strict=True)]
+    roles = [
+        {role: _at(line, role, at, len(t)) for role, at in line.roles.items()}
+        for line, t in zip(lines, clean, strict=True)
+    ]
     return assemble(
         model, name, "given", clean, corrupted, roles, targets,
         continuations=whole if long else None, long_answer=long, source=source, seed=seed,

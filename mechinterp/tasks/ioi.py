@@ -5,6 +5,7 @@ are single tokens under the tokenizer of the model at hand.
 """
 
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 from mechinterp.errors import UserError
@@ -28,12 +29,20 @@ TEMPLATES = (
     "At noon {A} and {B} opened the {place}, then {S} sold a {object} to",
 )
 NAMES = (
-    "Mary John Tom James Dan Martin Amy Scott Kate Alan Sarah Paul Laura Peter Emma Simon Anna David Lucy Mark Alice "
-    "Robert Jane Michael Rachel Steven Linda George Susan Henry Helen Charles Julia Frank Maria Kevin Nancy Brian "
-    "Carol Jack Ruth Adam Grace Daniel Sophie Oliver Emily William Jessica Thomas Rose Richard Lisa Andrew Claire Eric"
-).split()
-PLACES = "store school office garden station library hospital market restaurant park museum house shop bank".split()
-OBJECTS = "book ring drink letter key ball card bottle cup map watch box phone pen".split()
+    "Mary", "John", "Tom", "James", "Dan", "Martin", "Amy", "Scott", "Kate", "Alan", "Sarah", "Paul", "Laura",
+    "Peter", "Emma", "Simon", "Anna", "David", "Lucy", "Mark", "Alice", "Robert", "Jane", "Michael", "Rachel",
+    "Steven", "Linda", "George", "Susan", "Henry", "Helen", "Charles", "Julia", "Frank", "Maria", "Kevin", "Nancy",
+    "Brian", "Carol", "Jack", "Ruth", "Adam", "Grace", "Daniel", "Sophie", "Oliver", "Emily", "William", "Jessica",
+    "Thomas", "Rose", "Richard", "Lisa", "Andrew", "Claire", "Eric",
+)  # fmt: skip
+PLACES = (
+    "store", "school", "office", "garden", "station", "library", "hospital", "market", "restaurant", "park",
+    "museum", "house", "shop", "bank",
+)  # fmt: skip
+OBJECTS = (
+    "book", "ring", "drink", "letter", "key", "ball", "card", "bottle", "cup", "map", "watch", "box", "phone",
+    "pen",
+)  # fmt: skip
 
 
 def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption = "swapped-subject") -> PromptPairs:
@@ -63,19 +72,20 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
     names = _single(model, NAMES, "names", 8)
     places, objects = _single(model, PLACES, "places", 2), _single(model, OBJECTS, "objects", 2)
     order, kinds = list(range(len(TEMPLATES))), list[tuple[int, bool]]()
-    clean, corrupted, donor, donor_roles, same_answer, roles, targets, templates = [], [], [], [], [], [], [], []
-    for i in range(n):
+    clean, corrupted, donor, same_answer = [], [], [], []
+    roles, donor_roles, targets, templates = [], [], [], []
+    for _ in range(n):
         if not kinds:  # every template once, the orders in turn; then every template in its other order
             draw.shuffle(order)
             kinds = [(t, (at + late) % 2 == 0) for late in (0, 1) for at, t in enumerate(order)]
         template, abba = kinds.pop(0)
         words = {"place": draw.choice(places), "object": draw.choice(objects)}
-        io, s, other_io, other_s, *three = draw.sample(names, 7)
+        io, s, other_io, other_s, a, b, c = draw.sample(names, 7)
         text, at = _fill(model, template, words, io, s, s, abba)
         if corruption == "swapped-subject":
             bad, _ = _fill(model, template, words, io, s, io, abba)
         else:
-            bad, _ = _fill(model, template, words, *three, abba)
+            bad, _ = _fill(model, template, words, a, b, c, abba)
         clean.append(text)
         corrupted.append(bad)
         other, other_at = _fill(model, template, words, other_io, other_s, other_s, not abba)
@@ -97,7 +107,7 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
     )  # fmt: skip
 
 
-def _single(model: HookedModel, words: list[str], what: str, at_least: int) -> list[str]:
+def _single(model: HookedModel, words: Sequence[str], what: str, at_least: int) -> list[str]:
     """The words that are one token after a space."""
     ids = [model.encode(f" {word}", bos=False) for word in words]
     # Its text is compared because a tokenizer of words makes one `<unk>` of any name.

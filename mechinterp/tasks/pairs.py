@@ -63,7 +63,10 @@ class Answers:
             made.pos[i] = row[0].pos  # padding targets read a real position, with weight 0
             for j, target in enumerate(row):
                 made.pos[i, j], made.weight[i, j] = target.pos, 1 / len(row)
-                pairs = ((target.answer, made.answer, made.answer_weight), (target.wrong, made.wrong, made.wrong_weight))
+                pairs = (
+                    (target.answer, made.answer, made.answer_weight),
+                    (target.wrong, made.wrong, made.wrong_weight),
+                )
                 for tokens, ids, weights in pairs:
                     total = sum(tokens.values())
                     for c, (token, weight) in enumerate(tokens.items()):
@@ -180,12 +183,10 @@ class PromptPairs:
         sides = []
         for prompts in (self.clean, self.corrupted):
             real = prompts.real
-            ids = [
-                prompts.tokens[i][real[i]].tolist() + list(more[:-1]) for i, more in enumerate(self.continuations)
-            ]
+            ids = [prompts.tokens[i][real[i]].tolist() + list(more[:-1]) for i, more in enumerate(self.continuations)]
             longer = Prompts.from_lists(ids, bos=prompts.bos)
             added = torch.tensor([len(more) - 1 for more in self.continuations])
-            # Padding is on the left: what a prompt gained on the right moved its tokens by the change in width less that.
+            # Padding is on the left: tokens move by the change in width, less what the prompt gained on the right.
             shift = longer.n_pos - prompts.n_pos - added
             roles = {name: torch.where(at < 0, at, at + shift) for name, at in prompts.roles.items()}
             sides.append(longer.with_roles(roles, prompts.template))
@@ -195,8 +196,15 @@ class PromptPairs:
             for more in self.continuations
         ]
         return replace(
-            self, clean=sides[0], corrupted=sides[1], answers=Answers.build(targets), donor=None, same_answer=None,
-            continuations=None, long_answer=None, appended=torch.tensor([len(more) - 1 for more in self.continuations]),
+            self,
+            clean=sides[0],
+            corrupted=sides[1],
+            answers=Answers.build(targets),
+            donor=None,
+            same_answer=None,
+            continuations=None,
+            long_answer=None,
+            appended=torch.tensor([len(more) - 1 for more in self.continuations]),
         )
 
 
@@ -226,8 +234,8 @@ def assemble(
 ) -> PromptPairs:
     """Prompt pairs from token lists without BOS; role and target positions count from the first of these tokens.
 
-    `donor` holds token lists and their roles, `same_answer` token lists with the roles of the pairs. `bos` None follows the model: the BOS is put in front and every position
-    moves by one. `extra` are further fields of PromptPairs.
+    `donor` holds token lists and their roles, `same_answer` token lists with the roles of the pairs. `bos` None follows
+    the model: the BOS is put in front and every position moves by one. `extra` are further fields of PromptPairs.
 
     Raises:
         UserError: the sides of a pair, or its donors, differ in length; the sides are shown by token.
@@ -243,7 +251,7 @@ def assemble(
                 f"length.\n  clean      {shown[0]}\n  corrupted  {shown[1]}"
             )
     bos = model.info.bos if bos is None else bos
-    front = [int(model.tokenizer.bos_token_id)] if bos and model.tokenizer is not None else []
+    front = [model.bos_token] if bos else []
     width = max(len(row) for row in clean) + len(front)
     shift = [width - len(row) for row in clean]
     template = None if templates is None else torch.tensor(list(templates))
@@ -251,7 +259,9 @@ def assemble(
     def side(rows: Sequence[Sequence[int]], roles: Sequence[Mapping[str, int]]) -> Prompts:
         made = Prompts.from_lists([front + list(row) for row in rows], model.pad_token, bos=bool(front))
         names = dict.fromkeys(role for row in roles for role in row)
-        at = {name: [row[name] + s if name in row else -1 for row, s in zip(roles, shift, strict=True)] for name in names}
+        at = {
+            name: [row[name] + s if name in row else -1 for row, s in zip(roles, shift, strict=True)] for name in names
+        }
         return made.with_roles({name: torch.tensor(where) for name, where in at.items()}, template)
 
     moved = [[replace(t, pos=t.pos + s) for t in row] for row, s in zip(targets, shift, strict=True)]

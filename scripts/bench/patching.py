@@ -34,7 +34,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from torch import Tensor
 from transformer_lens import patching as lens
 
 import mechinterp as mi
+from mechinterp.hooked.prompts import Prompts
 from mechinterp.patching.cells import spots
 from mechinterp.tasks.pairs import PromptPairs, Target, assemble
 
@@ -78,7 +79,8 @@ CASES = (
     Case("resid-1pair-swapped", 1, "resid_pre", "each", None, "swapped-subject"),
     Case("heads-1pair-swapped", 1, "z", "all", None, "swapped-subject"),
     Case("heads-16pairs", 16, "z", "all", 2.4),
-    Case("resid-16pairs", 16, "resid_pre", "roles", 4),  # prompts of several lengths: positions by role
+    Case("resid-16pairs", 16, "resid_pre", "each", 4),  # of one length, so that positions can be numbered
+    Case("resid-roles-16pairs", 16, "resid_pre", "roles", None),
     Case("heads-end-16pairs", 16, "z", "END", 12),
 )
 
@@ -106,13 +108,30 @@ class Outcome:
 
 def pairs_of(model: mi.HookedModel, case: Case) -> PromptPairs:
     """The pairs of a case: one of 15 tokens, or the task's own."""
-    if case.n_pairs > 1:
+    if case.n_pairs > 1 and case.positions != "each":
         return mi.tasks.ioi(model, case.n_pairs, seed=0, corruption=case.corruption)
+    if case.n_pairs > 1:
+        return one_length(mi.tasks.ioi(model, 8 * case.n_pairs, seed=0, corruption=case.corruption), case.n_pairs)
     clean, corrupted = (model.encode(text, bos=False) for text in (CLEAN, CORRUPTED[case.corruption]))
     assert len(clean) == 15
     answer, wrong = (model.encode(name, bos=False)[0] for name in (" Mary", " John"))
     target = Target(len(clean) - 1, {answer: 1.0}, {wrong: 1.0})
     return assemble(model, "ioi", case.corruption, [clean], [corrupted], [{}], [[target]], bos=False)
+
+
+def one_length(pairs: PromptPairs, n: int) -> PromptPairs:
+    """The first `n` pairs of the commonest length, without padding."""
+    padding = pairs.clean.padding
+    cut = int(padding.mode().values)
+    pairs = pairs.take((padding == cut).nonzero().flatten()[:n])
+    assert len(pairs) == n
+
+    def trimmed(prompts: Prompts) -> Prompts:
+        roles = {name: at - cut for name, at in prompts.roles.items()}
+        return replace(prompts, tokens=prompts.tokens[:, cut:], mask=None, roles=roles)
+
+    sides = {name: trimmed(getattr(pairs, name)) for name in ("clean", "corrupted", "donor")}
+    return replace(pairs, answers=replace(pairs.answers, pos=pairs.answers.pos - cut), same_answer=None, **sides)
 
 
 def logit_diff(pairs: PromptPairs, logits: Tensor) -> Tensor:

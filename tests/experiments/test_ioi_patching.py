@@ -49,7 +49,13 @@ def result(patched: np.ndarray, n_prompts: int = 3) -> SweepResult:
         },
         coords={"layer": [0, 1], "head": [0, 1]},
     )
-    about = {"n_prompts": n_prompts, "site": "z", "scope": "over prompts", "direction": "denoise", "metric": "logit-diff"}
+    about = {
+        "n_prompts": n_prompts,
+        "site": "z",
+        "scope": "over prompts",
+        "direction": "denoise",
+        "metric": "logit-diff",
+    }
     return SweepResult(data, about)
 
 

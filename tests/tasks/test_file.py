@@ -210,7 +210,10 @@ def test_a_line_that_asks_before_the_end_is_not_scored_at_the_end(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [({**PAIR, "wrong": PAIR["answer"]}, "also a wrong answer"), ({**PAIR, "answer": "Zanzibar"}, "not in the vocabulary")],
+    [
+        ({**PAIR, "wrong": PAIR["answer"]}, "also a wrong answer"),
+        ({**PAIR, "answer": "Zanzibar"}, "not in the vocabulary"),
+    ],
 )
 def test_an_answer_that_is_also_wrong_or_unknown_is_refused(tmp_path, line, says):
     with pytest.raises(UserError, match=says):
