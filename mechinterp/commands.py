@@ -13,7 +13,7 @@ from mechinterp import cli, identities, tasks
 from mechinterp.errors import UserError
 from mechinterp.evaluation import Baseline, baseline
 from mechinterp.hooked.model import HookedModel
-from mechinterp.hooked.sites import KINDS, Site
+from mechinterp.hooked.sites import KINDS
 from mechinterp.models import load, local_names
 from mechinterp.models.catalog import CATALOG, fetch
 from mechinterp.patching import SweepResult, sweep
@@ -134,7 +134,7 @@ def _describe(model: HookedModel, name: str) -> dict[str, Any]:
         "sizes": sizes,
         "shape": "[" + " ".join(f"{a}={sizes[a]}" if a in sizes else a for a in first.kind.axes) + "]",
         "layers": _layers([site.layer for site in present if site.layer is not None], model.n_layers),
-        "writable": all(_writable(model, site) for site in present),
+        "writable": all(model.writable(site) for site in present),
         "hook": first.kind.hook,
         "meaning": KINDS[name].meaning,
     }
@@ -144,14 +144,6 @@ def _layers(layers: Sequence[int], n_layers: int) -> str:
     if not layers:
         return "–"
     return "all" if len(layers) == n_layers else " ".join(map(str, layers))
-
-
-def _writable(model: HookedModel, site: Site) -> bool:
-    try:
-        model.resolve(site, write=True)
-    except UserError:
-        return False
-    return True
 
 
 # Printing

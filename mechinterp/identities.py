@@ -23,7 +23,6 @@ from mechinterp.hooked.cache import Cache
 from mechinterp.hooked.interventions import Patch
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
-from mechinterp.hooked.sites import Site
 from mechinterp.hooked.suffix import Levers
 from mechinterp.models import pretrained
 from mechinterp.models.catalog import CATALOG, folder_of
@@ -166,7 +165,7 @@ def _noop(model: HookedModel, prompts: Prompts) -> tuple[float, str]:
     """Each site at the first, a middle and the last layer, one patch a run: the next one would hide what it did."""
     base = model(prompts)
     layers = {None, *_sample_layers(model)}
-    sites = [site for site in model.site_list if site.layer in layers and _writable(model, site)]
+    sites = [site for site in model.site_list if site.layer in layers and model.writable(site)]
     names = list(dict.fromkeys(site.name for site in sites))
     gaps = []
     for name in names:
@@ -264,14 +263,6 @@ def _ragged(model: HookedModel, prompts: Prompts) -> Prompts:
 
 def _sample_layers(model: HookedModel) -> list[int]:
     return sorted({0, model.n_layers // 2, model.n_layers - 1})
-
-
-def _writable(model: HookedModel, site: Site) -> bool:
-    try:
-        model.resolve(site, write=True)
-    except UserError:
-        return False
-    return True
 
 
 @contextmanager

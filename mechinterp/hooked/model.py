@@ -236,14 +236,18 @@ class HookedModel:
                 raise UserError(f"{site}: {axis} is 0 … {n - 1} at this site")
         if site.basis is not None and site.basis.shape[1] != self.width(site):
             raise UserError(f"{site}: the basis has width {site.basis.shape[1]}, the site {self.width(site)}")
-        if write and site.name == "pattern" and self._delegates_attention(site):
-            inside = getattr(self.bridge.blocks[site.layer].attn.original_component, "accepts_pattern_fn", False)
-            if not inside:
-                raise UserError(
-                    f"{site} can be read but not changed in {self.info.name}: its attention is computed inside the "
-                    "wrapped module; change z, q, k or v instead"
-                )
+        if write and not self.writable(site):
+            raise UserError(
+                f"{site} can be read but not changed in {self.info.name}: its attention is computed inside the "
+                "wrapped module; change z, q, k or v instead"
+            )
         return site
+
+    def writable(self, site: Site) -> bool:
+        """Whether an edit of a site of this model reaches its output. Some patterns are shown after they were used."""
+        if site.name != "pattern" or not self._delegates_attention(site):
+            return True
+        return bool(getattr(self.bridge.blocks[site.layer].attn.original_component, "accepts_pattern_fn", False))
 
     def axis_size(self, site: Site) -> int:
         """Heads (or key/value heads) of a site; 0 where it has none."""

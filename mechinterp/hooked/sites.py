@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mechinterp.axes import AXES
 from mechinterp.errors import UserError
 
 
@@ -26,6 +27,10 @@ class SiteKind:
     axes: tuple[str, ...]
     meaning: str
     virtual: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = set(self.axes) - set(AXES)
+        assert not unknown, f"{unknown} are not in the axis glossary (mechinterp/axes.py)"
 
     @property
     def layered(self) -> bool:
