@@ -9,7 +9,7 @@ It shares no code with the package, nor with TransformerLens; it is written to b
    without padding.
 2. A head's output z is its slice of the input of `o_proj`. The clean run's slices are kept.
 3. Denoising: in the run on the corrupted prompt, a head's slice is replaced by the clean one, at every position
-   (`heads_all`) or at the last (`heads_end`).
+   (`heads_all`) or at the last (`heads_end`). The heads of a layer share a batch, a copy of the prompts each.
 4. The metric of a prompt is logit(answer) − logit(wrong) at the last position. Effects are ratios of means over
    prompts, (patched − corrupted) / (clean − corrupted): 0 is the corrupted run, 1 the clean one.
 
@@ -41,12 +41,13 @@ def by_length(pairs: list[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
-def logit_diff(model: torch.nn.Module, side: str, group: list[Pair]) -> Tensor:
-    """`[prompt]` of a run of one side, under the hooks that are in place."""
-    logits = model(torch.tensor([pair[side] for pair in group]), use_cache=False, logits_to_keep=1).logits[:, -1]
-    rows = torch.arange(len(group))
-    answer, wrong = (torch.tensor([pair[name] for pair in group]) for name in ("answer", "wrong"))
-    return logits[rows, answer] - logits[rows, wrong]
+def logit_diff(model: torch.nn.Module, side: str, group: list[Pair], copies: int = 1) -> Tensor:
+    """`[copy prompt]` of a run of one side, each prompt `copies` times, under the hooks that are in place."""
+    tokens = torch.tensor([pair[side] for pair in group]).repeat(copies, 1)
+    logits = model(tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+    answer, wrong = (torch.tensor([pair[name] for pair in group]).repeat(copies) for name in ("answer", "wrong"))
+    rows = torch.arange(len(tokens))
+    return (logits[rows, answer] - logits[rows, wrong]).reshape(copies, len(group))
 
 
 def patched(model: torch.nn.Module, group: list[Pair], last_only: bool) -> dict[str, Tensor]:
@@ -54,26 +55,26 @@ def patched(model: torch.nn.Module, group: list[Pair], last_only: bool) -> dict[
     projections = [layer.self_attn.o_proj for layer in model.model.layers]
     n_heads = model.config.num_attention_heads
     width = projections[0].in_features // n_heads
+    where = slice(-1, None) if last_only else slice(None)
     clean_z: list[Tensor] = []
     handles = [o.register_forward_pre_hook(lambda module, args: clean_z.append(args[0].clone())) for o in projections]
-    clean = logit_diff(model, "clean", group)
+    clean = logit_diff(model, "clean", group)[0]
     for handle in handles:
         handle.remove()
-    effects = []
+    heads = []
     for o, source in zip(projections, clean_z, strict=True):
-        for head in range(n_heads):
 
-            def put(module: torch.nn.Module, args: tuple[Tensor, ...], source: Tensor = source, head: int = head):
-                z, at = args[0].clone(), slice(head * width, (head + 1) * width)
-                where = slice(-1, None) if last_only else slice(None)
-                z[:, where, at] = source[:, where, at]
-                return (z, *args[1:])
+        def put(module: torch.nn.Module, args: tuple[Tensor, ...], source: Tensor = source) -> tuple[Tensor, ...]:
+            z = args[0].clone()
+            for head in range(n_heads):  # copy number `head` of every prompt has that head patched
+                rows, at = slice(head * len(group), (head + 1) * len(group)), slice(head * width, (head + 1) * width)
+                z[rows, where, at] = source[:, where, at]
+            return (z, *args[1:])
 
-            handle = o.register_forward_pre_hook(put)
-            effects.append(logit_diff(model, "corrupted", group))
-            handle.remove()
-    heads = torch.stack(effects).reshape(len(projections), n_heads, len(group))
-    return {"clean": clean, "corrupted": logit_diff(model, "corrupted", group), "heads": heads}
+        handle = o.register_forward_pre_hook(put)
+        heads.append(logit_diff(model, "corrupted", group, copies=n_heads))
+        handle.remove()
+    return {"clean": clean, "corrupted": logit_diff(model, "corrupted", group)[0], "heads": torch.stack(heads)}
 
 
 def effects(model: torch.nn.Module, pairs: list[Pair], last_only: bool) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def effects(model: torch.nn.Module, pairs: list[Pair], last_only: bool) -> dict[
     runs = [patched(model, group, last_only) for group in by_length(pairs)]
     clean, corrupted, heads = (torch.cat([run[name].double() for run in runs], -1).mean(-1) for name in runs[0])
     shares = (heads - corrupted) / (clean - corrupted)
-    return {"clean": float(clean), "corrupted": float(corrupted), "heads": shares.tolist()}
+    return {"clean": float(clean), "corrupted": float(corrupted), "heads": shares.numpy().round(7).tolist()}
 
 
 def main() -> int:
@@ -106,7 +107,10 @@ def main() -> int:
                 "heads_all": both[0]["heads"],
                 "heads_end": both[1]["heads"],
             }
-            print(f"{corruption}: n={len(pairs)} clean {both[0]['clean']:.3f} corrupted {both[0]['corrupted']:.3f}")
+            print(
+                f"{corruption}: n={len(pairs)} clean {both[0]['clean']:.3f} corrupted {both[0]['corrupted']:.3f}",
+                flush=True,
+            )
     made = {
         "task": given["task"],
         "pairs_sha256": hashlib.sha256(args.pairs.read_bytes()).hexdigest(),
