@@ -60,8 +60,8 @@ class Config:
     """cpu or cuda; by default cuda where there is one."""
     dtype: str = "float32"
     """float32, float16 or bfloat16."""
-    minutes: float = field(default=4.0, metadata={"in_id": False})
-    """When this time is over, attention and MLP outputs are dropped (never prompts)."""
+    minutes: float = field(default=4.8, metadata={"in_id": False})
+    """Attention and MLP outputs are dropped (never prompts) when they would not be done by then."""
     root: str = field(default="runs", metadata={"in_id": False})
     """Folder of all runs."""
 
@@ -115,7 +115,10 @@ def _sweeps(
     done, dropped = {}, []
     for name, task, site, positions, direction in [*plan, *by_role]:
         done_before = (run.path / "results" / name).exists()
-        if site in ("attn_out", "mlp_out") and not done_before and time.monotonic() - began > 60 * config.minutes:
+        spent = time.monotonic() - began
+        # As many rows as the residual stream had, so about as long.
+        expected = run.manifest["parts"].get("resid_pre-roles", {}).get("seconds", 0)
+        if site in ("attn_out", "mlp_out") and not done_before and spent + expected > 60 * config.minutes:
             dropped.append(name)
             continue
 

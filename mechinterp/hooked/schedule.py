@@ -41,7 +41,8 @@ def batches(starts: Tensor, n_pos: int, max_tokens: int, layers: Tensor | None =
             groups.append([first, count])
     made, done = [], 0
     for first, count in groups:
-        per_call = max(1, max_tokens // (n_pos - first))
+        # A row of few positions still carries the keys and values of its prefix: four of those weigh as a token.
+        per_call = max(1, min(max_tokens // (n_pos - first), 4 * max_tokens // n_pos))
         n_calls = -(-count // per_call)
         group = order[done : done + count]
         if layers is not None:

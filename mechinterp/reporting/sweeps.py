@@ -35,9 +35,13 @@ def sweep_figure(result: SweepResult, zmax: float | None = None, title: str | No
 
 
 def _title(result: SweepResult) -> str:
+    return ", ".join(_title_parts(result))
+
+
+def _title_parts(result: SweepResult) -> list[str]:
     about = result.about
     verb = "denoising" if about["direction"] == "denoise" else "noising"
-    return f"{about['site']}, {verb}, {about['corruption']} (n={about['n_prompts']})"
+    return [about["site"], verb, about["corruption"], f"n={about['n_prompts']}"]
 
 
 def _panel(result: SweepResult, at: dict[str, object], across: str | None, zmax: float, title: str) -> go.Figure:
@@ -105,8 +109,11 @@ def sweep_section(heading: str, text: str, sweeps: Sequence[SweepResult]) -> Sec
     Every sweep must be one panel: no more than one role or position where its cells have heads.
     """
     zmax = largest(*(sweep.data["effect"].values for sweep in sweeps))
-    panels = {_title(sweep): sweep_figure(sweep, zmax, title="") for sweep in sweeps}
-    figure = small_multiples(panels, columns=2 if "head" in sweeps[0].dims else 3, title=heading)
+    parts = [_title_parts(sweep) for sweep in sweeps]
+    common = [part for part in parts[0] if all(part in other for other in parts)]
+    titles = [", ".join(part for part in mine if part not in common) or _title(sweeps[0]) for mine in parts]
+    panels = {title: sweep_figure(sweep, zmax, title="") for title, sweep in zip(titles, sweeps, strict=True)}
+    figure = small_multiples(panels, columns=2 if "head" in sweeps[0].dims else 3, title=", ".join(common) or heading)
     return Section(heading, text, figures=(figure,), table=sweep_table(sweeps))
 
 
