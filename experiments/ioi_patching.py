@@ -68,8 +68,8 @@ class Config:
 
 def main(config: Config) -> Path:
     """Run the experiment and return the path of the report."""
-    began = time.monotonic()
     model = mi.load(config.model, bos=config.bos, device=config.device, dtype=config.dtype)
+    began = time.monotonic()
     print(f"{config}\n{model.header()}\n", flush=True)
     pairs = {name: mi.tasks.ioi(model, config.n, config.seed, corruption=name) for name in CORRUPTIONS}
     few = {name: mi.tasks.ioi(model, config.n_heads, config.seed, corruption=name) for name in CORRUPTIONS}
