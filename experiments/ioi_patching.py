@@ -82,7 +82,7 @@ def main(config: Config) -> Path:
         sweeps, dropped = _sweeps(model, pairs, few, run, config, began)
         found = found_heads(sweeps)
         named = run.part("heads_named.json", lambda: name_heads(model, pairs["swapped-subject"], found), _read, _write)
-        against = compare(model, sweeps, named)
+        against = compare(model, pairs, sweeps, named)
         answer = finding(model, sweeps, named, config)
         report = _report(model, pairs, baselines, sweeps, named, against, answer, dropped, config)
         for name, sweep in sweeps.items():
@@ -192,7 +192,12 @@ def _direct(model: mi.HookedModel, pairs: "PromptPairs", cache: mi.Cache, layer:
     return float(lost.gather(1, io).mean()), float(lost.gather(1, s).mean())
 
 
-def compare(model: mi.HookedModel, sweeps: "dict[str, SweepResult]", named: list[dict[str, Any]]) -> str:
+def compare(
+    model: mi.HookedModel,
+    pairs: "dict[str, PromptPairs]",
+    sweeps: "dict[str, SweepResult]",
+    named: list[dict[str, Any]],
+) -> str:
     """A sentence on how the numbers compare with the reference of this model."""
     if model.info.name == "gpt2":
         published = _read(REFERENCE / "ioi_gpt2.json")
@@ -203,9 +208,10 @@ def compare(model: mi.HookedModel, sweeps: "dict[str, SweepResult]", named: list
     reference = REFERENCE / "ioi_smollm2.json"
     if model.info.name != "smollm2-135m" or model.info.bos or not reference.is_file():
         return "No reference values for this model."
+    listed = _read(REFERENCE / "ioi_smollm2_pairs.json")["pairs"]
+    if not all(begins_with(pairs[name], listed[name]) for name in CORRUPTIONS):
+        return "No comparison: the reference values were made from other prompts (seed 0, the first 16 pairs)."
     gaps = reference_gaps(sweeps, _read(reference))
-    if not gaps:
-        return "The reference values were made from other prompts."
     worst = max(gaps.values())
     verdict = "agree" if worst < 1e-3 else "DO NOT agree"
     return (
@@ -214,19 +220,30 @@ def compare(model: mi.HookedModel, sweeps: "dict[str, SweepResult]", named: list
     )
 
 
+def begins_with(pairs: "PromptPairs", listed: list[dict[str, Any]]) -> bool:
+    """Whether the first pairs are those listed, token by token."""
+    if len(pairs) < len(listed):
+        return False
+    sides = [(name, getattr(pairs, name)) for name in ("clean", "corrupted")]
+    return all(
+        prompts.tokens[i][prompts.real[i]].tolist() == one[name]
+        for i, one in enumerate(listed)
+        for name, prompts in sides
+    )
+
+
 def reference_gaps(sweeps: "dict[str, SweepResult]", reference: dict[str, Any]) -> dict[str, float]:
     """Largest difference of an effect, by sweep, on the prompts that the reference was made from."""
     gaps = {}
     for corruption, values in reference["corruptions"].items():
-        for ours, theirs in (("heads_end", "heads_end"), ("heads_all", "heads_all")):
-            sweep = sweeps.get(f"{ours}-denoise-{corruption}")
-            n = values["n"]
-            if sweep is None or theirs not in values or sweep.about["n_prompts"] < n:
+        for kind in ("heads_end", "heads_all"):
+            sweep, n = sweeps.get(f"{kind}-denoise-{corruption}"), values["n"]
+            if sweep is None or kind not in values or sweep.about["n_prompts"] < n:
                 continue
             first = sweep.data.isel(prompt=slice(0, n))
             whole = (first["source"] - first["base"]).mean("prompt")
             effect = (first["patched"] - first["base"]).mean("prompt") / whole
-            gaps[f"{ours} {corruption}"] = float(abs(effect.squeeze().values - values[theirs]).max())
+            gaps[f"{kind} {corruption}"] = float(abs(effect.squeeze().values - values[kind]).max())
     return gaps
 
 

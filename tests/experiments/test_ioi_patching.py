@@ -7,7 +7,17 @@ import pytest
 import xarray as xr
 
 import mechinterp as mi
-from experiments.ioi_patching import LOOKS, Config, finding, found_heads, head_name, main, reference_gaps
+from experiments.ioi_patching import (
+    LOOKS,
+    REFERENCE,
+    Config,
+    begins_with,
+    finding,
+    found_heads,
+    head_name,
+    main,
+    reference_gaps,
+)
 from mechinterp.patching import SweepResult
 
 
@@ -77,11 +87,18 @@ def test_no_head_is_a_finding_too():
 
 
 def test_published_classes_are_complete():
-    from experiments.ioi_patching import REFERENCE
-
     classes = json.loads((REFERENCE / "ioi_gpt2.json").read_text())["classes"]
     heads = [head for members in classes.values() for head in members]
     assert len(heads) == len(set(heads)) == 26
+
+
+@pytest.mark.real_model
+def test_reference_prompts_are_the_tasks_own(smollm2):
+    listed = json.loads((REFERENCE / "ioi_smollm2_pairs.json").read_text())["pairs"]
+    for corruption, pairs in listed.items():
+        assert begins_with(mi.tasks.ioi(smollm2, 20, 0, corruption), pairs)
+        assert not begins_with(mi.tasks.ioi(smollm2, 20, 1, corruption), pairs)
+        assert not begins_with(mi.tasks.ioi(smollm2, 8, 0, corruption), pairs)
 
 
 @pytest.mark.real_model
@@ -90,8 +107,9 @@ def test_run_report_and_resume(tmp_path, capsys):
     page = main(config)
     said = capsys.readouterr().out
     assert said.rstrip().splitlines()[-1] == str(page)
-    text = page.read_text()
-    assert "Which attention heads" in text and "no BOS" in text and "L20H0" in text
+    kept = json.loads(page.with_name("report.json").read_text())
+    assert "no BOS" in kept["header"] and "n=8" in kept["answer"] and "L23H3" in json.dumps(kept["sections"])
+    assert any("No comparison" in caveat for caveat in kept["caveats"]), "eight pairs are fewer than the reference's"
     assert {p.name for p in page.parent.iterdir()} >= {"config.json", "manifest.json", "results", "figures", "log.txt"}
     sweep = SweepResult.load(page.parent / "results" / "heads_end-denoise-swapped-subject")
     assert sweep.data["effect"].shape == (30, 9, 1)
