@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 import mechinterp as mi
+from mechinterp.cli import Switch
 
 if TYPE_CHECKING:
     from mechinterp.patching import SweepResult
@@ -54,8 +55,10 @@ class Config:
     """Pairs for heads at all positions."""
     seed: int = 0
     """Of the prompts, intervals and controls."""
-    bos: bool | None = None
-    """Prepend a BOS; by default exactly where the model's own tokenizer adds one."""
+    bos: Switch = False
+    """Put a BOS in front. Without --bos and --no-bos: exactly where the model's own tokenizer adds one."""
+    no_bos: Switch = False
+    """Put no BOS in front."""
     device: str | None = None
     """cpu or cuda; by default cuda where there is one."""
     dtype: str = "float32"
@@ -68,7 +71,10 @@ class Config:
 
 def main(config: Config) -> Path:
     """Run the experiment and return the path of the report."""
-    model = mi.load(config.model, bos=config.bos, device=config.device, dtype=config.dtype)
+    if config.bos and config.no_bos:
+        raise mi.UserError("--bos and --no-bos were both given; give one, or neither for the tokenizer's own default")
+    bos = True if config.bos else False if config.no_bos else None
+    model = mi.load(config.model, bos=bos, device=config.device, dtype=config.dtype)
     began = time.monotonic()
     print(f"{config}\n{model.header()}\n", flush=True)
     pairs = {name: mi.tasks.ioi(model, config.n, config.seed, corruption=name) for name in CORRUPTIONS}
@@ -203,7 +209,7 @@ def compare(
         published = _read(REFERENCE / "ioi_gpt2.json")
         classes = {head: name for name, heads in published["classes"].items() for head in heads}
         lines = [f"{h['head']} ({h['name']}; published: {classes.get(h['head'], 'not in the circuit')})" for h in named]
-        bos = "" if model.info.bos else " The published heads were measured with a BOS: run again with --bos True."
+        bos = "" if model.info.bos else " The published heads were measured with a BOS: run again with --bos."
         return f"Against {published['source']}: {'; '.join(lines)}.{bos}"
     reference = REFERENCE / "ioi_smollm2.json"
     if model.info.name != "smollm2-135m" or model.info.bos or not reference.is_file():
@@ -316,8 +322,9 @@ def _report(
         *([f"Dropped because the time was over: {', '.join(dropped)}."] if dropped else []),
     ]
     rows = [(f"{name}, {key}", value) for name, b in baselines.items() for key, value in baseline_rows(b)]
-    flags = {"model": config.model, "n": config.n, "n-heads": config.n_heads, "seed": config.seed, "bos": config.bos}
-    command = " ".join(["python experiments/ioi_patching.py", *(f"--{name} {value}" for name, value in flags.items())])
+    flags = {"model": config.model, "n": config.n, "n-heads": config.n_heads, "seed": config.seed}
+    bos = "--bos" if pairs["new-names"].clean.bos else "--no-bos"
+    command = " ".join(["python experiments/ioi_patching.py", *(f"--{name} {flags[name]}" for name in flags), bos])
     return mi.reporting.Report(
         title="Which heads carry the indirect object?",
         question="Which attention heads carry the answer to an indirect-object prompt, and what do they do?",
