@@ -1,7 +1,6 @@
 """What the subcommands do: load, run, print. The grammar and the checks of files and flags are in cli.py."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import mechinterp
 from mechinterp import cli, identities, tasks
 from mechinterp.errors import UserError
 from mechinterp.evaluation import Baseline, baseline
+from mechinterp.files import write_text
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.sites import KINDS
 from mechinterp.models import load, local_names
@@ -38,7 +38,7 @@ def check(args: cli.Check) -> int:
     print(f"{len(measured) - failed - skipped} hold, {failed} fail, {skipped} skipped")
     if args.json:
         found = {"model": args.model, "header": model.header(), "ok": not failed}
-        _save_json(args.json, found | {"identities": [vars(one) for one in measured]})
+        _save(args.json, found | {"identities": [vars(one) for one in measured]}, write_json)
     return 1 if failed else 0
 
 
@@ -51,7 +51,7 @@ def sites(args: cli.Sites) -> int:
     ]
     print(table(("site", "shape", "layers", "writable", "meaning"), rows))
     if args.json:
-        _save_json(args.json, {"model": args.model, "header": model.header(), "sites": listed})
+        _save(args.json, {"model": args.model, "header": model.header(), "sites": listed}, write_json)
     return 0
 
 
@@ -66,7 +66,7 @@ def models(args: cli.Models) -> int:
     print(table(("name", "kind", "weights", "description"), rows))
     print("A model folder, a GGUF file and a name of the Hugging Face hub work as well.")
     if args.json:
-        _save_json(args.json, {"models": [one._asdict() for one in listed]})
+        _save(args.json, {"models": [one._asdict() for one in listed]}, write_json)
     return 0
 
 
@@ -94,10 +94,10 @@ def patch(args: cli.Patch, command: str) -> int:
     print(table(columns, [[_shown(cell) for cell in row] for row in rows]))
     print(_controls(result))
     if args.json:
-        _save_json(args.json, result.to_json() | {"command": command})
+        _save(args.json, result.to_json() | {"command": command}, write_json)
     if args.html:
         made = _sweep_report(model, pairs, before, result, command)
-        _write_text(args.html, render(made.payload()))
+        _save(args.html, render(made.payload()), write_text)
     return 0
 
 
@@ -202,21 +202,11 @@ def _scientific(value: float | None) -> str:
 # Files
 
 
-def _save_json(path: Path, value: Any) -> None:
+def _save(path: Path, value: Any, write: Callable[[Path, Any], None]) -> None:
+    """Write a file that was asked for, and say where it is."""
     try:
-        write_json(path, value)
+        write(path, value)
     except OSError as error:
-        raise UserError(f"cannot write {path.absolute()}: {error.strerror or error}") from error
-    print(f"wrote {path.absolute()}")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path.absolute()}: {error.strerror or error}") from error
     print(f"wrote {path.absolute()}")
 

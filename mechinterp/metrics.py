@@ -17,10 +17,9 @@ from mechinterp.tasks.pairs import Answers, PromptPairs
 
 @dataclass(frozen=True)
 class Metric:
-    """Base of the metrics. `name` is what the CLI calls it; `unit` is what tables say."""
+    """Base of the metrics. `name` is what the CLI calls it."""
 
     name = ""
-    unit = ""
     higher_is_better = True
     needs_clean = False
 
@@ -48,7 +47,6 @@ class LogitDiff(Metric):
     """Logit of the answer less that of the wrong answer (weighted means over several), averaged over targets."""
 
     name = "logit-diff"
-    unit = "logits"
 
     def prepare(self, pairs: PromptPairs) -> PromptPairs:
         pairs = super().prepare(pairs)
@@ -69,7 +67,6 @@ class Prob(Metric):
     """Probability of the answer (the sum over several), averaged over targets."""
 
     name = "prob"
-    unit = "probability"
 
     def __call__(self, logits: Tensor, answers: Answers, clean: Tensor | None = None) -> Tensor:
         chosen = logits.float().softmax(-1).gather(-1, answers.answer)
@@ -81,7 +78,6 @@ class LogProb(Metric):
     """Natural log-probability of the answer (weighted mean over several), averaged over targets."""
 
     name = "logprob"
-    unit = "nats"
 
     def __call__(self, logits: Tensor, answers: Answers, clean: Tensor | None = None) -> Tensor:
         chosen = logits.float().log_softmax(-1).gather(-1, answers.answer)
@@ -93,7 +89,6 @@ class SeqLogProb(Metric):
     """Natural log-probability of the whole answer by teacher forcing: the sum over its tokens."""
 
     name = "seq-logprob"
-    unit = "nats"
 
     def prepare(self, pairs: PromptPairs) -> PromptPairs:
         return pairs.teacher_forced()
@@ -108,7 +103,6 @@ class Rank(Metric):
     """Tokens that the model finds likelier than the answer (the best of several); 0 is first. Averaged over targets."""
 
     name = "rank"
-    unit = "tokens"
     higher_is_better = False
 
     def __call__(self, logits: Tensor, answers: Answers, clean: Tensor | None = None) -> Tensor:
@@ -121,7 +115,6 @@ class KL(Metric):
     """KL(clean ‖ this run) of the next-token distribution, in nats, averaged over targets."""
 
     name = "kl"
-    unit = "nats"
     higher_is_better = False
     needs_clean = True
 

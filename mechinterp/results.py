@@ -6,7 +6,6 @@ null in JSON.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mechinterp.errors import UserError
+from mechinterp.files import replacing, write_text
 
 R = TypeVar("R", bound="Result")
 
@@ -44,9 +44,8 @@ class Result:
             "coords": {str(name): coord.values.tolist() for name, coord in self.data.coords.items()},
             "about": dict(self.about),
         }
-        partial = Path(f"{path}.partial")
-        save_file(arrays, partial, metadata={"mechinterp_result": json.dumps(plain(note), allow_nan=False)})
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(arrays, partial, metadata={"mechinterp_result": json.dumps(plain(note), allow_nan=False)})
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
@@ -84,6 +83,4 @@ def plain(value: Any) -> Any:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON without NaN; the file appears whole or not at all."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")

@@ -1,7 +1,6 @@
 """The cache: recorded activations by site, with an estimate of its size before it is made."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechinterp.errors import UserError
+from mechinterp.files import replacing
 from mechinterp.hooked.sites import KINDS, Site
 
 NamesFilter = str | Site | tuple[str, int] | Sequence[str | Site | tuple[str, int]] | Callable[[str], bool] | None
@@ -29,9 +29,7 @@ class Cache(Mapping[str, Tensor]):
         self.n_layers = n_layers
 
     def __getitem__(self, key: str | tuple[str, int] | Site) -> Tensor:
-        site = key if isinstance(key, Site) else self._site(key)
-        if site.layer is not None and site.layer < 0:
-            site = site.at(site.layer + self.n_layers)
+        site = (key if isinstance(key, Site) else self._site(key)).counted(self.n_layers)
         if site.hook_name not in self._tensors:
             have = ", ".join(sorted({Site.from_hook(name).name for name in self._tensors})) or "nothing"
             raise UserError(f"{site} is not in this cache, which holds: {have}")
@@ -78,10 +76,9 @@ class Cache(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
-        partial = Path(f"{path}.partial")
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self._tensors.items()}
-        save_file(tensors, partial, metadata={"mechinterp_cache": json.dumps({"n_layers": self.n_layers})})
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"mechinterp_cache": json.dumps({"n_layers": self.n_layers})})
 
     @classmethod
     def load(cls, path: str | Path) -> "Cache":
@@ -120,9 +117,7 @@ def select(names_filter: NamesFilter, available: Sequence[Site], n_layers: int) 
     wanted: list[Any] = [names_filter] if one else list(names_filter)  # type: ignore[arg-type]
     chosen: list[Site] = []
     for want in wanted:
-        site = want if isinstance(want, Site) else Cache._site(want)
-        if site.layer is not None and site.layer < 0:
-            site = site.at(site.layer + n_layers)
+        site = (want if isinstance(want, Site) else Cache._site(want)).counted(n_layers)
         same = [s for s in available if s.name == site.name and (site.layer is None or s.layer == site.layer)]
         if not same:
             names = ", ".join(dict.fromkeys(s.name for s in available))

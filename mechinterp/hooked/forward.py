@@ -286,24 +286,12 @@ def run(
         Logits `[batch pos d_vocab]`.
     """
     own = bind(model, interventions)
-    logits = run_bound(model, prompts.to(model.device), [*model.in_force, *own], record, into)
+    prompts = prompts.to(model.device)
+    with Plan.of(model, [*model.in_force, *own], record, into).installed(Rows.all(prompts)):
+        logits = call_bridge(model, prompts)
     for one in own:
         one.verdict()
     return logits
-
-
-def run_bound(
-    model: "HookedModel",
-    prompts: Prompts,
-    bound: Sequence[Bound],
-    record: Sequence[Site] = (),
-    into: dict[str, Tensor] | None = None,
-    cache: Any = None,
-) -> Tensor:
-    """`run` with interventions that are bound already, and optionally a key/value cache to fill."""
-    plan = Plan.of(model, bound, record, {} if into is None else into)
-    with plan.installed(Rows.all(prompts)):
-        return call_bridge(model, prompts, cache)
 
 
 def call_bridge(model: "HookedModel", prompts: Prompts, cache: Any = None) -> Tensor:

@@ -226,7 +226,7 @@ class HookedModel:
         if site.layer is not None:
             if not -self.n_layers <= site.layer < self.n_layers:
                 raise UserError(f"{site}: this model has layers 0 … {self.n_layers - 1}, or −{self.n_layers} … −1")
-            site = site.at(site.layer % self.n_layers)
+            site = site.counted(self.n_layers)
         if site.whole not in self.site_list:
             names = ", ".join(dict.fromkeys(s.name for s in self.site_list if s.layer in (None, site.layer)))
             raise UserError(f"{self.info.name} has no site {site.whole}; it has: {names}")

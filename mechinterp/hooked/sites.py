@@ -177,6 +177,10 @@ class Site:
         """The same site in another layer."""
         return replace(self, layer=layer)
 
+    def counted(self, n_layers: int) -> "Site":
+        """The same site with a negative layer counted from 0, in a model of `n_layers`."""
+        return self if self.layer is None or self.layer >= 0 else self.at(self.layer + n_layers)
+
     @classmethod
     def from_hook(cls, hook_name: str) -> "Site":
         """The site of a TransformerLens hook name such as `blocks.9.attn.hook_z` or `blocks.9.hook_out`.

@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
 from mechinterp.errors import UserError
+from mechinterp.files import write_text
 from mechinterp.reporting.page import Cell, render
 
 FORMAT = 1
@@ -118,8 +118,8 @@ class Report:
         path = Path(path).absolute()
         payload = self.payload()
         text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        _write_text(path.with_name("report.json"), text + "\n")
-        _write_text(path, render(payload))
+        write_text(path.with_name("report.json"), text + "\n")
+        write_text(path, render(payload))
         return path
 
     def payload(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def rebuild(run_folder: Path | str) -> Path:
     if not folder.is_dir():
         raise UserError(f"no run folder at {folder}; give the folder that holds report.json")
     page = folder / "report.html"
-    _write_text(page, render(_read_payload(folder / "report.json")))
+    write_text(page, render(_read_payload(folder / "report.json")))
     return page
 
 
@@ -237,9 +237,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -25,6 +25,7 @@ import plotly.graph_objects as go
 from safetensors import SafetensorError
 
 from mechinterp.errors import UserError
+from mechinterp.files import write_text
 from mechinterp.reporting.manifest import now, peak_memory_bytes, plain_config, run_id, start_manifest
 from mechinterp.reporting.report import Report
 
@@ -69,7 +70,7 @@ class Run:
         _write_json(path / "config.json", plain_config(config))
         manifest, diff = start_manifest(path, experiment, config, inputs, before=_read_json(path / "manifest.json"))
         if diff:
-            _write_text(path / "uncommitted.diff", diff)
+            write_text(path / "uncommitted.diff", diff)
         else:
             (path / "uncommitted.diff").unlink(missing_ok=True)
         run = cls(path, manifest)
@@ -117,7 +118,7 @@ class Run:
         """Save a figure as `figures/<name>.json` (plotly's JSON)."""
         _check_name(name, "figure")
         path = self.path / "figures" / f"{name}.json"
-        _write_text(path, figure.to_json() or "")
+        write_text(path, figure.to_json() or "")
         return path
 
     def finish(self, report: Report | None = None) -> Path:
@@ -255,13 +256,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _first_line(error: BaseException) -> str:
