@@ -19,6 +19,10 @@ AXES = {
     "target": "positions at which a task asks for an answer",
     "one": "an axis of length one",
     "edge": "connections of a circuit's graph",
+    "component": "what adds up to the residual stream: embedding, heads, MLPs, biases",
+    "draw": "repetitions of a random control",
+    "strength": "factors that a steering vector is multiplied by",
+    "rank": "places in an ordering, best first",
     "source": "nodes that write into the residual stream",
     "destination": "nodes that read from the residual stream",
 }

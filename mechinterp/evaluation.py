@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +59,13 @@ def read_logits(model: HookedModel, prompts: Prompts, read: Read) -> Tensor:
     return torch.cat(parts)
 
 
-def chunks(model: HookedModel, n: int, n_pos: int, read_vocab: bool) -> Iterator[Tensor]:
-    """Consecutive prompts to run at once; all of them when a plain function in force may look at the whole batch."""
+def chunks(model: HookedModel, n: int, n_pos: int, read_vocab: bool, every_position: bool = False) -> Iterator[Tensor]:
+    """Consecutive prompts to run at once; all of them when a plain function in force may look at the whole batch.
+
+    `read_vocab`: logits over the whole vocabulary are kept, at one position a prompt or at `every_position`.
+    """
     if all(bound.intervention.folds for bound in model.in_force):
-        per_call = max(1, schedule.max_tokens(model, n_pos, read_vocab) // n_pos)
+        per_call = max(1, schedule.max_tokens(model, n_pos, read_vocab, every_position) // n_pos)
     else:
         per_call = n
     yield from torch.arange(n).split(per_call)
@@ -126,6 +130,43 @@ def baseline(model: HookedModel, pairs: PromptPairs, metric: Metric | str | None
 def _columns(logits: Tensor, read: Read) -> Tensor:
     """The columns that a metric reads, out of the whole vocabulary."""
     return logits if read.columns is None else logits.gather(-1, read.columns)
+
+
+def provenance(model: HookedModel, pairs: PromptPairs | None = None) -> dict[str, Any]:
+    """What every result says of its origin, as plain values: the model, what is in force, the pairs."""
+    about: dict[str, Any] = {
+        "model": model.info.name,
+        "header": model.header(),
+        "in_force": [f"{type(one.intervention).__name__} at {one.writes}" for one in model.in_force],
+    }
+    if pairs is not None:
+        about |= {
+            "bos": bool(pairs.clean.bos),
+            "task": pairs.name,
+            "corruption": pairs.corruption,
+            "pairs": dict(pairs.source),
+            "n_prompts": len(pairs),
+        }
+    return about
+
+
+def token_losses(model: HookedModel, prompts: Prompts) -> Tensor:
+    """`[prompt pos]` loss of predicting each token from those before it, in nats, under the interventions in force.
+
+    Position 0 and padding have no loss: nan.
+    """
+    losses = torch.full(prompts.tokens.shape, torch.nan)
+    real = prompts.real.cpu()
+    for index in chunks(model, len(prompts), prompts.n_pos, read_vocab=True, every_position=True):
+        part = prompts.take(index)
+        logits = suffix.record(model, prompts, index=index).base_logits(Read())
+        predicted = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), part.tokens[:, 1:].flatten().to(logits.device), reduction="none"
+        )
+        losses[index, 1:] = predicted.reshape(len(index), -1).cpu()
+    begun = real & real.roll(1, dims=1)
+    begun[:, 0] = False
+    return losses.masked_fill(~begun, torch.nan)
 
 
 def templates_of(pairs: PromptPairs) -> np.ndarray | None:

@@ -4,6 +4,7 @@ Arrays are saved as safetensors, labels and provenance as JSON in the same file'
 null in JSON.
 """
 
+import html
 import json
 import math
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from mechinterp.files import replacing, write_text
 R = TypeVar("R", bound="Result")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """Labelled arrays with what they were made from.
 
@@ -61,6 +62,20 @@ class Result:
             raise UserError(f"{path} holds {found}, not a {cls.__name__}")
         variables = {name: (dims, arrays[name]) for name, dims in note["dims"].items()}  # in the order of saving
         return cls(xr.Dataset(variables, coords=note["coords"]), note["about"])
+
+    def summary(self) -> str:
+        """The finding in one line, with n and interval."""
+        raise NotImplementedError
+
+    def top(self, n: int = 10) -> pd.DataFrame:
+        """The rows that a reader looks at first."""
+        return self.to_frame().head(n)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self.summary())}</p>" + self.top(10).to_html(index=False, float_format="%.3f")
+
+    def __repr__(self) -> str:
+        return f"{self.summary()}\n{self.top(10).to_string(index=False, float_format='%.3f')}"
 
     def to_frame(self) -> pd.DataFrame:
         """One row a cell: labels, then every array without a `prompt` axis."""

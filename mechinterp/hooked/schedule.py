@@ -52,11 +52,13 @@ def batches(starts: Tensor, n_pos: int, max_tokens: int, layers: Tensor | None =
     return made
 
 
-def max_tokens(model: "HookedModel", n_pos: int, read_vocab: bool) -> int:
+def max_tokens(model: "HookedModel", n_pos: int, read_vocab: bool, every_position: bool = False) -> int:
     """Rows × positions of a call that fit into a quarter of the free memory, and that the processor likes best."""
     config = model.bridge.cfg
     widths = 12 * model.d_model + 4 * (getattr(config, "d_mlp", None) or 0) + 4 * model.n_heads * n_pos
-    per_token = model.dtype.itemsize * (widths + (model.d_vocab / n_pos if read_vocab else 0))
+    per_token = model.dtype.itemsize * (
+        widths + (model.d_vocab * (3 if every_position else 1 / n_pos) if read_vocab else 0)
+    )
     if model.device.type == "cuda":
         free, best = torch.cuda.mem_get_info(model.device)[0], 65_536
     else:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult(Result):
     """Effects of patching every cell of a site.
 
@@ -87,12 +87,6 @@ class SweepResult(Result):
             f"{best['effect']:.2f}{interval}; {passed} of the {tested} largest cells pass both controls "
             f"({n}, 95% {about['scope']})"
         )
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self.summary()}</p>" + self.top(10).to_html(index=False, float_format="%.3f")
-
-    def __repr__(self) -> str:
-        return f"{self.summary()}\n{self.top(10).to_string(index=False, float_format='%.3f')}"
 
     def figure(self) -> "go.Figure":
         """A plotly heatmap of the effects; one panel a role or position where cells have heads too."""

@@ -19,7 +19,7 @@ import xarray as xr
 from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.evaluation import require_behaviour, templates_of
+from mechinterp.evaluation import provenance, require_behaviour, templates_of
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import KINDS, Site
@@ -198,27 +198,13 @@ def _dataset(arrays: dict[str, np.ndarray], labels: dict[str, list[Any]], base: 
 
 
 def _about(
-    model: HookedModel,
-    pairs: PromptPairs,
-    metric: Metric,
-    site: str,
-    direction: str,
-    positions: Where,
-    seed: int,
+    model: HookedModel, pairs: PromptPairs, metric: Metric, site: str, direction: str, positions: Where, seed: int
 ) -> dict[str, Any]:
     """What the result was made from, as plain values."""
-    return {
-        "model": model.info.name,
-        "header": model.header(),
-        "bos": bool(pairs.clean.bos),
+    return provenance(model, pairs) | {
         "site": site,
         "direction": direction,
         "metric": metric.name,
         "positions": positions if isinstance(positions, str | int) else list(positions),
-        "task": pairs.name,
-        "corruption": pairs.corruption,
-        "pairs": dict(pairs.source),
-        "n_prompts": len(pairs),
         "seed": seed,
-        "in_force": [f"{type(one.intervention).__name__} at {one.writes}" for one in model.in_force],
     }
