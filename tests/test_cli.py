@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp import cli, commands
-from mechinterp.cli import check_outputs, main, parse_layers
+from mechinterp.cli import flags, main
+from mechinterp.cli.flags import check_outputs, parse_layers
+from mechinterp.commands import inputs, models, sites
 from mechinterp.errors import UserError
 from mechinterp.hooked.sites import KINDS, Site
 from mechinterp.metrics import METRICS
@@ -112,12 +113,12 @@ def test_version(capsys):
 
 
 def test_the_names_are_those_of_the_library():
-    assert get_args(cli.SiteName) == tuple(name for name, kind in KINDS.items() if kind.layered)
-    assert get_args(cli.MetricName) == tuple(METRICS)
-    assert get_args(cli.Direction) == get_args(Direction)
-    assert get_args(cli.Corruption) == get_args(Corruption)
-    assert get_args(cli.DTypeName) == tuple(DTYPES)
-    assert all(hasattr(mi.tasks, name) for name in get_args(cli.TaskName))
+    assert get_args(flags.SiteName) == tuple(name for name, kind in KINDS.items() if kind.layered)
+    assert get_args(flags.MetricName) == tuple(METRICS)
+    assert get_args(flags.Direction) == get_args(Direction)
+    assert get_args(flags.Corruption) == get_args(Corruption)
+    assert get_args(flags.DTypeName) == tuple(DTYPES)
+    assert all(hasattr(mi.tasks, name) for name in get_args(flags.TaskName))
 
 
 def test_layers():
@@ -146,8 +147,8 @@ def test_bos_by_default_is_the_tokenizers(tmp_path, capsys):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
     module("gpt2").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    for flags, bos in (([], "BOS prepended"), (["--no-bos"], "no BOS")):
-        assert main(["sites", str(tmp_path), *flags]) == 0
+    for given, bos in (([], "BOS prepended"), (["--no-bos"], "no BOS")):
+        assert main(["sites", str(tmp_path), *given]) == 0
         assert bos in capsys.readouterr().out.splitlines()[0]
 
 
@@ -173,7 +174,7 @@ def test_check_fails_with_1(capsys, monkeypatch):
         point.add_hook(lambda activation, hook: activation + 1, is_permanent=True)
         return model
 
-    monkeypatch.setattr(commands, "load", broken)
+    monkeypatch.setattr(inputs, "load", broken)
     assert main(["check", PLANTED]) == 1
     assert "FAIL" in capsys.readouterr().out
 
@@ -208,7 +209,7 @@ def test_models(capsys, tmp_path):
 def test_refetch(capsys, monkeypatch):
     fails(capsys, "models", "--refetch", "gpt5", says="'gpt5' is not an embedded model; valid: smollm2-135m")
     asked = []
-    monkeypatch.setattr(commands, "fetch", lambda entry, refetch: asked.append((entry.name, refetch)) or Path("/cache"))
+    monkeypatch.setattr(models, "fetch", lambda entry, refetch: asked.append((entry.name, refetch)) or Path("/cache"))
     assert main(["models", "--refetch", "smollm2-135m"]) == 0
     assert asked == [("smollm2-135m", True)] and "/cache" in capsys.readouterr().out
 
@@ -361,7 +362,7 @@ def test_nan_in_a_patch_source():
 
 def test_pairs_that_cannot_be_read(capsys, pairs_file, tmp_path, monkeypatch):
     """Said before the model is loaded."""
-    monkeypatch.setattr(commands, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(inputs, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
     patch = ["patch", PLANTED, "--pairs"]
     fails(capsys, *patch, str(tmp_path / "none.jsonl"), says="no such pairs file")
     fails(capsys, *patch, pairs_file(""), says="holds no pairs")
@@ -391,7 +392,7 @@ def test_a_longer_answer_by_teacher_forcing(pairs_file, tmp_path):
 
 
 def test_flags_that_contradict_each_other(capsys, pairs_file, monkeypatch):
-    monkeypatch.setattr(commands, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(inputs, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
     induction = ["patch", PLANTED, "--task", "induction"]
     fails(capsys, "patch", PLANTED, says="either --pairs FILE or --task")
     fails(capsys, *induction, "--pairs", pairs_file(PAIR), says="either --pairs FILE or --task")
@@ -402,7 +403,7 @@ def test_flags_that_contradict_each_other(capsys, pairs_file, monkeypatch):
 
 
 def test_outputs_that_cannot_be_written(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(inputs, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
     (tmp_path / "file").write_text("")
     patch = ["patch", PLANTED, "--task", "induction"]
     fails(capsys, *patch, "--json", str(tmp_path / "none" / "o.json"), says="there is no folder")
@@ -420,7 +421,7 @@ def test_a_disk_that_fills_up(capsys, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(commands, "write_json", full)
+    monkeypatch.setattr(sites, "write_json", full)
     fails(capsys, "sites", PLANTED, "--json", str(tmp_path / "o.json"), says="No space left on device")
 
 
@@ -435,6 +436,6 @@ def test_interrupted(capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "load", interrupt)
+    monkeypatch.setattr(inputs, "load", interrupt)
     assert main(["sites", PLANTED]) == 130
     assert capsys.readouterr().err == "interrupted\n"

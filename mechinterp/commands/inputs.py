@@ -1,0 +1,40 @@
+"""What a command line names: the model and the prompt pairs."""
+
+import torch
+
+from mechinterp import tasks
+from mechinterp.cli.flags import OnModel, OnPairs
+from mechinterp.hooked.model import HookedModel
+from mechinterp.models import load
+from mechinterp.tasks.pairs import PromptPairs
+
+N_DEFAULT = 32
+
+
+def load_model(args: OnModel) -> HookedModel:
+    """The model, its header printed: what was run, on what, with or without BOS."""
+    model = load(
+        args.model, device=args.device, dtype=args.dtype, bos=args.prepend_bos, process=args.process,
+        revision=args.revision,
+    )  # fmt: skip
+    print(model.header(), flush=True)
+    return model
+
+
+def load_pairs(model: HookedModel, args: OnPairs) -> PromptPairs:
+    """The pairs of --pairs or --task; what they are is printed, with the first one by token."""
+    pairs = _pairs(model, args)
+    roles = f", roles {' '.join(pairs.roles)}" if pairs.roles else ""
+    print(f"task: {pairs.name}, {pairs.corruption}, n={len(pairs)}, seed {pairs.seed}{roles}")
+    print(pairs.preview(model, 1))
+    return pairs
+
+
+def _pairs(model: HookedModel, args: OnPairs) -> PromptPairs:
+    if args.pairs is not None:
+        pairs = tasks.from_file(model, args.pairs, seed=args.seed)
+        return pairs if args.n is None else pairs.take(torch.arange(args.n))
+    n = args.n or N_DEFAULT
+    if args.task == "ioi":
+        return tasks.ioi(model, n=n, seed=args.seed, corruption=args.corruption or "swapped-subject")
+    return tasks.induction(model, n=n, seed=args.seed)
