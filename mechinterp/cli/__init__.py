@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import tyro
 
 from mechinterp import __version__
-from mechinterp.cli.analyses import Patch
+from mechinterp.cli.analyses import Ablate, Attention, Dla, Heads, Lens, Patch, Steer, Tune
 from mechinterp.cli.flags import Switch
 from mechinterp.cli.models import Check, Models, Report, Sites
 from mechinterp.errors import UserError
@@ -25,7 +25,20 @@ DESCRIPTION = (
     "`mechinterp --version` prints the version."
 )
 
-SUBCOMMANDS = {"check": Check, "sites": Sites, "models": Models, "patch": Patch, "report": Report}
+SUBCOMMANDS = {
+    "check": Check,
+    "sites": Sites,
+    "models": Models,
+    "patch": Patch,
+    "lens": Lens,
+    "tune": Tune,
+    "dla": Dla,
+    "heads": Heads,
+    "ablate": Ablate,
+    "attention": Attention,
+    "steer": Steer,
+    "report": Report,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

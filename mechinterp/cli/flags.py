@@ -98,19 +98,61 @@ class OnPairs(OnModel):
             require((self.n or 1) <= found, f"--n {self.n} was asked for, but {self.pairs} holds {found} pairs")
 
 
-def parse_layers(text: str | None) -> list[int] | None:
+def parse_layers(text: str | None, flag: str = "--layers") -> list[int] | None:
     """`3,4,8-11` as numbers; negative ones count from the end. None stays None. Raises UserError for anything else."""
     if text is None:
         return None
     layers: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"(-?\d+)(?:-(\d+))?", part.strip())
-        require(found is not None, f"--layers takes numbers and ranges such as 3,4,8-11; found {text!r}")
+        require(found is not None, f"{flag} takes numbers and ranges such as 3,4,8-11; found {text!r}")
         assert found is not None
         first = int(found[1])
         layers += range(first, int(found[2]) + 1) if found[2] else [first]
-    require(len(set(layers)) == len(layers) > 0, f"--layers {text} names a layer twice, or none")
+    require(len(set(layers)) == len(layers) > 0, f"{flag} {text} names a layer twice, or none")
     return layers
+
+
+def parse_heads(
+    text: str | None, flag: str = "--heads", whole_layers: bool = False
+) -> list[tuple[int, int | None]] | None:
+    """`9.6,10.0` (or `L9H6`) as (layer, head) pairs; with `whole_layers`, `9` is (9, None). None stays None.
+
+    Raises UserError for anything else, and for an empty list.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    found = [re.fullmatch(r"L?(\d+)(?:[.H](\d+))?", part) for part in parts]
+    good = bool(parts) and all(one and (one[2] is not None or whole_layers) for one in found)
+    require(good, f"{flag} takes layer.index, such as 9.6,10.0; found {text!r}")
+    made = [(int(one[1]), None if one[2] is None else int(one[2])) for one in found if one]
+    require(len(set(made)) == len(made), f"{flag} {text} names one twice")
+    return made
+
+
+def parse_edges(text: str | None) -> list[tuple[tuple[int, int] | None, str, str]] | None:
+    """`9.6:END>IO,*:END>S2` as (head, query role, key role); `*` is None, every head. Raises UserError else."""
+    if text is None:
+        return None
+    edges: list[tuple[tuple[int, int] | None, str, str]] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(?:\*|L?(\d+)[.H](\d+))\s*:\s*([^>:]+?)\s*>\s*([^>:]+?)\s*", part)
+        require(found is not None, f"--edges takes head:QUERY>KEY, such as 9.6:END>IO or *:END>S2; found {text!r}")
+        assert found is not None
+        edges.append(((int(found[1]), int(found[2])) if found[1] else None, found[3], found[4]))
+    return edges
+
+
+def parse_strengths(text: str) -> list[float]:
+    """`-2,0,2` as numbers. Raises UserError for anything else."""
+    try:
+        strengths = [float(part) for part in text.split(",")]
+    except ValueError:
+        strengths = []
+    finite = bool(strengths) and all(abs(one) < float("inf") for one in strengths)
+    require(finite, f"--strengths takes numbers such as -2,0,2; found {text!r}")
+    return strengths
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -12,7 +12,7 @@ from mechinterp.hooked.sites import Site
 from mechinterp.patching.result import SweepResult
 from mechinterp.reporting.figures import heatmap, largest, small_multiples
 from mechinterp.reporting.report import AttentionView, Prompt, Section, Table
-from mechinterp.results import plain
+from mechinterp.results import Result, plain
 from mechinterp.tasks.pairs import PromptPairs, labelled
 
 ACROSS = ("head", "kv_head", "role", "pos")
@@ -84,7 +84,7 @@ def _panel(result: SweepResult, at: dict[str, object], across: str | None, zmax:
     )
 
 
-def threshold_text(result: SweepResult) -> str:
+def threshold_text(result: Result) -> str:
     """The sign-flip threshold in words."""
     value = result.about["threshold"]
     return "undefined" if value is None else f"{value:.3f}"
