@@ -28,18 +28,13 @@ import os
 
 os.environ["TQDM_DISABLE"] = "1"
 
-import argparse
-import json
-import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
+from measure import arguments, load_smollm2, timed, write
 from torch import Tensor
 from transformer_lens import patching as lens
 
@@ -229,14 +224,6 @@ def flops(model: mi.HookedModel, pairs: PromptPairs, case: Case) -> tuple[float,
     return 2.0 * naive, 2.0 * floor
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and what it gave."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    made = run()
-    return clock() - start, made
-
-
 def measure(model: mi.HookedModel, case: Case) -> Outcome:
     """Run both sides of a case in turn and compare them."""
     pairs = pairs_of(model, case)
@@ -274,36 +261,16 @@ def row(one: Outcome) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, print the table, write the JSON. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="by default all")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; 1 by default, timed in CPU seconds")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    model = mi.load("smollm2-135m", device="cpu", dtype="float32", bos=False)
-    threads, clock = args.threads, "CPU" if args.threads == 1 else "wall"
-    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__}
-    print(model.header())
-    print(f"{os.cpu_count()} cores, {threads} thread(s), {clock} time; naive side: one cell in {SAMPLE}, extrapolated")
-    print(HEADER)
+    args = arguments(str(__doc__), [case.name for case in CASES], argv)
+    model = load_smollm2()
+    print(f"naive side: one cell in {SAMPLE}, extrapolated\n{HEADER}")
     outcomes = []
     for case in CASES:
-        if args.cases is None or case.name in args.cases:
+        if case.name in args.cases:
             outcomes.append(measure(model, case))
             print(row(outcomes[-1]), flush=True)
     ok = all(one.ok for one in outcomes)
-    if args.json:
-        made = {
-            "cases": [asdict(one) for one in outcomes],
-            "ok": ok,
-            "clock": clock,
-            "machine": machine,
-            "tolerance": TOLERANCE,
-        }
-        scratch = args.json.with_name(args.json.name + ".partial")
-        scratch.write_text(json.dumps(made, indent=1) + "\n")
-        os.replace(scratch, args.json)
-    return 0 if ok else 1
+    return write(args.json, [asdict(one) for one in outcomes], ok, tolerance=TOLERANCE)
 
 
 if __name__ == "__main__":
