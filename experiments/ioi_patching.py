@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 import mechinterp as mi
-from mechinterp.cli import Switch
+from experiments.expected import REFERENCE
+from experiments.settings import Settings, finished
 
 if TYPE_CHECKING:
     from mechinterp.patching import SweepResult
     from mechinterp.tasks import PromptPairs
 
-REFERENCE = Path(__file__).parent / "reference"
 CORRUPTIONS = ("swapped-subject", "new-names")
 # Attention that names a head: query role, key role.
 LOOKS = (
@@ -44,39 +44,21 @@ WRITES_AT_LEAST = 0.05  # share of the clean logit difference
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of the run; the same settings always have the same run folder."""
 
-    model: str = "smollm2-135m"
-    """Name, folder or GGUF file of the model."""
     n: int = 64
     """Pairs for heads at END, and for residual stream, attention and MLP outputs by role."""
     n_heads: int = 16
     """Pairs for heads at all positions."""
-    seed: int = 0
-    """Of the prompts, intervals and controls."""
-    bos: Switch = False
-    """Put a BOS in front. Without --bos and --no-bos: exactly where the model's own tokenizer adds one."""
-    no_bos: Switch = False
-    """Put no BOS in front."""
-    device: str | None = None
-    """cpu or cuda; by default cuda where there is one."""
-    dtype: str = "float32"
-    """float32, float16 or bfloat16."""
     minutes: float = field(default=4.8, metadata={"in_id": False})
     """Attention and MLP outputs are dropped (never prompts) when they would not be done by then."""
-    root: str = field(default="runs", metadata={"in_id": False})
-    """Folder of all runs."""
 
 
 def main(config: Config) -> Path:
     """Run the experiment and return the path of the report."""
-    if config.bos and config.no_bos:
-        raise mi.UserError("--bos and --no-bos were both given; give one, or neither for the tokenizer's own default")
-    bos = True if config.bos else False if config.no_bos else None
-    model = mi.load(config.model, bos=bos, device=config.device, dtype=config.dtype)
+    model = config.load()
     began = time.monotonic()
-    print(f"{config}\n{model.header()}\n", flush=True)
     pairs = {name: mi.tasks.ioi(model, config.n, config.seed, corruption=name) for name in CORRUPTIONS}
     few = {name: mi.tasks.ioi(model, config.n_heads, config.seed, corruption=name) for name in CORRUPTIONS}
     inputs = {"model": model.weights_hash(), "pairs": pairs["new-names"].hash()}
@@ -97,7 +79,7 @@ def main(config: Config) -> Path:
         run.log(f"\n{answer}\n\n{_table_text(named)}\n\n{against}")
         if dropped:
             run.log(f"dropped for time: {', '.join(dropped)}")
-    print(f"\nreport, figures and results in {path.parent}\n{path}", flush=True)
+    finished(path)
     return path
 
 
@@ -322,15 +304,12 @@ def _report(
         *([f"Dropped because the time was over: {', '.join(dropped)}."] if dropped else []),
     ]
     rows = [(f"{name}, {key}", value) for name, b in baselines.items() for key, value in baseline_rows(b)]
-    flags = {"model": config.model, "n": config.n, "n-heads": config.n_heads, "seed": config.seed}
-    bos = "--bos" if pairs["new-names"].clean.bos else "--no-bos"
-    command = " ".join(["python experiments/ioi_patching.py", *(f"--{name} {flags[name]}" for name in flags), bos])
     return mi.reporting.Report(
         title="Which heads carry the indirect object?",
         question="Which attention heads carry the answer to an indirect-object prompt, and what do they do?",
         answer=answer,
         header=f"{model.header()} · IOI, {len(pairs['new-names'])} pairs",
-        command=command,
+        command=config.command(__file__),
         baseline=tuple(rows),
         prompts=prompt_preview(model, pairs["swapped-subject"], 2) + prompt_preview(model, pairs["new-names"], 1),
         sections=(heads, *sections),

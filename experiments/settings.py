@@ -1,0 +1,56 @@
+"""The settings that every experiment has: which model, with or without BOS, where, and the folder of the runs."""
+
+import shlex
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import mechinterp as mi
+from mechinterp.cli import Switch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run; the same settings always have the same run folder."""
+
+    model: str = "smollm2-135m"
+    """Name, folder or GGUF file of the model."""
+    seed: int = 0
+    """Of the prompts, intervals and controls."""
+    bos: Switch = False
+    """Put a BOS in front. Without --bos and --no-bos: exactly where the model's own tokenizer adds one."""
+    no_bos: Switch = False
+    """Put no BOS in front."""
+    device: str | None = None
+    """cpu or cuda; by default cuda where there is one."""
+    dtype: str = "float32"
+    """float32, float16 or bfloat16."""
+    root: str = field(default="runs", metadata={"in_id": False})
+    """Folder of all runs."""
+
+    def load(self) -> mi.HookedModel:
+        """The model; settings and header are printed.
+
+        Raises:
+            UserError: flags that contradict each other, or a model that cannot be loaded.
+        """
+        if self.bos and self.no_bos:
+            raise mi.UserError("--bos and --no-bos were both given; give one, or neither for the tokenizer's own")
+        bos = True if self.bos else False if self.no_bos else None
+        model = mi.load(self.model, bos=bos, device=self.device, dtype=self.dtype)
+        print(f"{self}\n{model.header()}\n", flush=True)
+        return model
+
+    def command(self, script: str) -> str:
+        """The command line that makes the same run: every setting that is not the default."""
+        given = ["python", f"experiments/{Path(script).name}"]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value != one.default and one.name != "root":
+                flag = f"--{one.name.replace('_', '-')}"
+                given += [flag] if value is True else [flag, str(value)]
+        return shlex.join(given)
+
+
+def finished(path: Path) -> None:
+    """The last lines of every experiment: where its folder and its report are."""
+    print(f"\nreport, figures and results in {path.parent}\n{path}", flush=True)
