@@ -201,6 +201,8 @@ class Ablate(OnPairs):
     """Also the loss on plain text: a text file, a data set's name, or "built-in"."""
     draws: int = 20
     """Random knock-outs of as many heads of the same layers, as the control."""
+    force: Switch = False
+    """Go on although the model does not do the task."""
     json: OutputFile = None
     """Write both metrics before and after, with intervals and the control, here."""
     html: OutputFile = None

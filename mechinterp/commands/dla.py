@@ -7,8 +7,8 @@ from mechinterp.evaluation import baseline
 from mechinterp.files import write_text
 from mechinterp.lens.direct_logit import DirectLogit, direct_logit
 from mechinterp.reporting import Report
-from mechinterp.reporting.analyses import direct_logit_section
 from mechinterp.reporting.page import render
+from mechinterp.reporting.sections.direct_logit import direct_logit_section
 from mechinterp.reporting.sweeps import baseline_rows, prompt_preview, threshold_text
 from mechinterp.results import write_json
 

@@ -105,7 +105,7 @@ class DirectLogit(Result):
 
     def figure(self) -> "go.Figure":
         """A plotly heatmap of the heads."""
-        from mechinterp.reporting.analyses import direct_logit_figure  # drawing lies above
+        from mechinterp.reporting.sections.direct_logit import direct_logit_figure  # drawing lies above
 
         return direct_logit_figure(self)
 

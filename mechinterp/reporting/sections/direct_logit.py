@@ -1,4 +1,4 @@
-"""Figures and sections of the analyses other than sweeps: direct logit attribution, lenses, heads, knock-outs."""
+"""Direct logit attribution in a report: heads as a heatmap, the largest components as bars and as a table."""
 
 import numpy as np
 import plotly.graph_objects as go
