@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mechinterp import metrics, models, patching, reporting, tasks
+    from mechinterp import ablation, heads, lens, metrics, models, patching, reporting, steering, tasks, text
     from mechinterp.errors import UserError
     from mechinterp.evaluation import baseline, evaluate
     from mechinterp.hooked.cache import Cache
@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
 # Public name -> module that holds it; None: the name is itself a module.
 _HOMES: dict[str, str | None] = {
+    "ablation": None,
+    "heads": None,
+    "lens": None,
     "metrics": None,
     "models": None,
     "patching": None,
     "reporting": None,
+    "steering": None,
     "tasks": None,
+    "text": None,
     "UserError": "errors",
     "baseline": "evaluation",
     "evaluate": "evaluation",
@@ -57,15 +62,20 @@ __all__ = [
     "Steer",
     "UserError",
     "Zero",
+    "ablation",
     "baseline",
     "check",
     "evaluate",
+    "heads",
+    "lens",
     "load",
     "metrics",
     "models",
     "patching",
     "reporting",
+    "steering",
     "tasks",
+    "text",
 ]
 
 
