@@ -267,7 +267,8 @@ def _report(
     dropped: list[str],
     config: Config,
 ) -> "mi.reporting.Report":
-    from mechinterp.reporting.sweeps import attention_view, baseline_rows, prompt_preview, sweep_section
+    from mechinterp.reporting.attention import attention_view
+    from mechinterp.reporting.sweeps import baseline_rows, prompt_preview, sweep_section
 
     groups = {
         "Heads at END": [n for n in sweeps if n.startswith("heads_end")],

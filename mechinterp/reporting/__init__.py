@@ -1,6 +1,9 @@
 """Runs, figures and reports: a run folder in, one offline HTML file out."""
 
-from mechinterp.reporting.figures import bars, heatmap, largest, small_multiples
+from mechinterp.reporting.cells import visible
+from mechinterp.reporting.curves import curves
+from mechinterp.reporting.figures import bars, heatmap, largest
+from mechinterp.reporting.panels import small_multiples
 from mechinterp.reporting.report import AttentionView, Prompt, Report, Section, Table, read, rebuild
 from mechinterp.reporting.runs import Run
 
@@ -12,9 +15,11 @@ __all__ = [
     "Section",
     "Table",
     "bars",
+    "curves",
     "heatmap",
     "largest",
     "read",
     "rebuild",
     "small_multiples",
+    "visible",
 ]

@@ -1,9 +1,9 @@
-"""The numbers behind a figure, as JSON can hold them: one row of `COLUMNS` a cell, undefined as None."""
+"""The numbers behind a figure, as JSON can hold them: one row of named columns a cell, undefined as None."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from mechinterp.errors import UserError
 
-#: The columns of every cell's row of numbers, in order.
-COLUMNS = ("label", "effect", "ci_low", "ci_high", "control", "passes")
+#: How the blanks of a token are shown, here and in the page's prompts.
+BLANKS = {" ": "·", "\n": "↵", "\t": "⇥"}
+
+
+def column_names(value: str = "effect", more: Iterable[str] = ()) -> list[str]:
+    """The columns of every cell's row of numbers, in order. Raises UserError where a name stands twice."""
+    names = ["label", value, "ci_low", "ci_high", "control", "passes", *more]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UserError(f"figure: two columns of numbers are named {repeated[0]!r}; give each a name of its own")
+    return names
 
 
 def number_cells(
@@ -22,8 +31,9 @@ def number_cells(
     ci_high: ArrayLike | None,
     control: ArrayLike | None,
     passes: ArrayLike | None,
+    more: Mapping[str, Any] | None = None,
 ) -> list[Any]:
-    """`values.shape` nested lists of rows `COLUMNS`; undefined is None."""
+    """`values.shape` nested lists of rows `column_names(…, more)`; undefined is None."""
     names = np.array(labels, dtype=object)
     check_shape("labels", names, values.shape)
     columns: list[NDArray[Any]] = [names, values]
@@ -37,6 +47,10 @@ def number_cells(
         check_shape("passes", tested, values.shape)
         words = np.vectorize(lambda value: None if value is None else "yes" if value else "no", otypes=[object])(tested)
     columns.append(words)
+    for name, array in (more or {}).items():
+        column = np.array(array, dtype=object)
+        check_shape(name, column, values.shape)
+        columns.append(column)
     flat = [[null(item) for item in row] for row in zip(*(column.ravel() for column in columns), strict=True)]
     if values.ndim == 1:
         return flat
@@ -47,6 +61,17 @@ def number_cells(
 def escaped(value: Any) -> Any:
     """Text, or nested lists of it, as plotly shows it literally: it reads a few HTML tags, and tokens may look so."""
     return [escaped(item) for item in value] if isinstance(value, list) else html.escape(str(value), quote=False)
+
+
+def visible(token: str) -> str:
+    """A token with its blanks and its control characters made visible: " Paris" is "·Paris"."""
+    shown = [BLANKS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in token]
+    return "".join(shown) or "∅"
+
+
+def shortened(text: str, width: int) -> str:
+    """At most `width` characters, the last one an ellipsis where more were cut."""
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def fact_rows(facts: Mapping[str, object] | None) -> list[list[str]]:
@@ -60,10 +85,10 @@ def floats(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def null(item: Any) -> Any:
-    """The item, with NaN and infinities as None."""
-    if isinstance(item, (float, np.floating)):
-        return float(item) if np.isfinite(item) else None
-    return item
+    """The item as Python's own, with NaN and infinities as None."""
+    if isinstance(item, np.generic):
+        item = item.item()
+    return item if not isinstance(item, float) or np.isfinite(item) else None
 
 
 def nullable(values: NDArray[np.float64]) -> list[list[float | None]]:

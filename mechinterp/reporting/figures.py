@@ -4,34 +4,49 @@ A figure carries its own numbers: each trace that shows values has, in `customda
 `meta` the names of those columns and the facts of the whole figure (n, baseline). The report's details panel, table
 and CSV are made from these, so a picture and its numbers cannot disagree.
 
-Colours: effects are diverging and centred on 0 (red = positive, blue = negative: safe for the common colour
-blindnesses). Nothing is said by colour alone: what passes its controls has a dot, or a bar without hatching; what is
-undefined is a grey cell with a cross. Backgrounds are transparent; the report's page sets the text colour by theme.
+Colours: effects are diverging and centred on 0 (red = positive, blue = negative), amounts such as probabilities are
+sequential from 0 (pale to dark): both safe for the common colour blindnesses. Nothing is said by colour alone: what
+passes its controls has a dot, or a bar without hatching; what is undefined is a grey cell with a cross. Backgrounds are
+transparent; the report's page sets the text colour by theme.
 """
 
 from __future__ import annotations
 
-import copy
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike, NDArray
-from plotly.subplots import make_subplots
 
 from mechinterp.errors import UserError
-from mechinterp.reporting.cells import COLUMNS, check_shape, escaped, fact_rows, floats, nullable, number_cells
+from mechinterp.reporting.cells import (
+    check_shape,
+    column_names,
+    escaped,
+    fact_rows,
+    floats,
+    nullable,
+    number_cells,
+    shortened,
+    visible,
+)
+from mechinterp.reporting.layout import (
+    BOTTOM,
+    GRID,
+    INK,
+    TOP,
+    Scale,
+    base,
+    category_axis,
+    colour_scale,
+    hover,
+    value_axis,
+)
 
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-INK = "#6b7280"  # readable on white and on near-black, where no page sets the theme
-DIVERGING = [
-    "#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7",
-    "#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f",
-]  # fmt: skip
 BAR = "#4a7fc1"
-ROW_HEIGHT, TOP, BOTTOM = 22, 44, 56
+ROW_HEIGHT, TEXT_ROW_HEIGHT, TEXT_WIDTH = 22, 25, 9  # pixels, pixels, characters
 
 
 def largest(*arrays: ArrayLike) -> float:
@@ -56,43 +71,63 @@ def heatmap(
     x_title: str = "",
     y_title: str = "",
     zmax: float | None = None,
-    colorbar: str = "effect",
+    value: str = "effect",
+    colorbar: str | None = None,
+    scale: Scale = "diverging",
+    text: Sequence[Sequence[str]] | None = None,
+    more: Mapping[str, Any] | None = None,
+    first_at_top: bool = True,
 ) -> go.Figure:
-    """A grid of effects, the first row at the top.
+    """A grid of numbers, such as layers × heads, or layers × tokens with a token in each cell.
 
     Args:
         values: `[y x]`; NaN or None is an undefined cell, drawn grey with a cross.
-        x, y: the labels of columns and rows.
+        x, y: the labels of columns and rows (tokens: through `visible`, so that their spaces are seen).
         ci_low, ci_high: `[y x]`, the 95% interval.
         control: `[y x]`, the effect under the control (a donor prompt); NaN where it was not measured.
         passes: `[y x]` of bool, or None where not tested; true cells get a dot.
         labels: `[y x]` of names such as "L9H6"; by default "<y> · <x>".
         facts: what holds for all cells, such as `{"n": 64, "baseline": "clean 3.5, corrupted 0.1"}`.
-        zmax: end of the colour scale, which is symmetric about 0; pass `largest(...)` to share it.
+        zmax: end of the colour scale; pass `largest(...)` to share it.
+        value: what the numbers are, the name of their column: "effect", "probability", "entropy (nats)".
+        colorbar: title of the colour bar, where it is not `value`.
+        scale: "diverging", symmetric about 0; or "sequential", from 0, for what is never negative.
+        text: `[y x]` of tokens drawn in the cells, blanks made visible, long ones shortened.
+        more: further columns of the cells' numbers by name, `[y x]` each: shown in the details, the table and the CSV.
+        first_at_top: whether the first row is the top one; a logit lens has its last layer there.
 
     Raises:
-        UserError: the shapes do not agree.
+        UserError: the shapes do not agree, two columns share a name, or a sequential scale with negative values.
     """
     z = floats(values)
     check_shape("values", z, (len(y), len(x)))
     names = [list(row) for row in labels] if labels is not None else [[f"{row} · {col}" for col in x] for row in y]
-    cells = number_cells(z, names, ci_low, ci_high, control, passes)
-    meta = {"kind": "effect", "columns": list(COLUMNS), "title": title, "facts": fact_rows(facts)}
-    rows, columns = list(range(len(y))), list(range(len(x)))
     limit = zmax if zmax is not None else largest(z)
+    if scale == "sequential" and (z < -1e-6 * limit).any():  # float noise below 0 is 0
+        raise UserError(f"figure: a sequential scale starts at 0, and the smallest {value} is {np.nanmin(z):.3g}")
+    extra = ({"text": text} if text is not None else {}) | dict(more or {})
+    cells = number_cells(z, names, ci_low, ci_high, control, passes, extra)
+    meta = _meta("effect" if scale == "diverging" else "amount", value, title, facts, extra)
+    shown = escaped(names) if text is None else _with_text(names, text)
     figure = go.Figure()
     figure.add_heatmap(
-        z=nullable(z), x=columns, y=rows, customdata=cells, text=escaped(names), meta=meta,
-        zmin=-limit, zmax=limit, colorscale=_colorscale(), xgap=1, ygap=1, hoverongaps=False,
-        hovertemplate=_hover(ci_low is not None, control is not None, passes is not None),
-        colorbar={"title": {"text": html.escape(colorbar), "side": "top"}, "thickness": 12, "outlinewidth": 0},
+        z=nullable(z), x=list(range(len(x))), y=list(range(len(y))), customdata=cells, meta=meta,
+        **_text(shown, text, np.isfinite(z)),
+        zmin=-limit if scale == "diverging" else 0, zmax=limit, colorscale=colour_scale(scale), xgap=1, ygap=1,
+        hoverongaps=False, hovertemplate=hover(value, ci_low is not None, control is not None, passes is not None),
+        colorbar={"title": {"text": html.escape(colorbar or value), "side": "top"}, "thickness": 12, "outlinewidth": 0},
     )  # fmt: skip
-    _mark_undefined(figure, z, cells, names, meta)
-    _mark_passing(figure, cells)
-    figure.update_layout(**_layout(title, height=max(len(y) * ROW_HEIGHT, 132) + TOP + BOTTOM))
-    figure.update_layout(meta={"max_width": max(420, 150 + 56 * len(x))})
-    figure.update_xaxes(**_category_axis(x, x_title), side="bottom", range=[-0.5, len(x) - 0.5])
-    figure.update_yaxes(**_category_axis(y, y_title), range=[len(y) - 0.5, -0.5])
+    _mark_undefined(figure, z, cells, shown)
+    _mark_passing(figure, cells, 0.0 if text is None else 0.4)
+    row_height = ROW_HEIGHT if text is None else TEXT_ROW_HEIGHT
+    figure.update_layout(**base(title, height=max(len(y) * row_height, 132) + TOP + BOTTOM))
+    widths = {"max_width": max(420, 150 + 50 * len(x))}
+    figure.update_layout(
+        meta=widths if text is None else {"max_width": 190 + 80 * len(x), "min_width": 190 + 62 * len(x)}
+    )
+    figure.update_xaxes(**category_axis(x, x_title), side="bottom", range=[-0.5, len(x) - 0.5])
+    ends = [len(y) - 0.5, -0.5]
+    figure.update_yaxes(**category_axis(y, y_title), range=ends if first_at_top else ends[::-1])
     return figure
 
 
@@ -107,12 +142,13 @@ def bars(
     facts: Mapping[str, object] | None = None,
     title: str = "",
     x_title: str = "effect",
+    value: str = "effect",
     control_name: str = "donor control",
 ) -> go.Figure:
     """The top cells, one horizontal bar each, the first at the top, with its interval and its control.
 
-    Every array has the shape `[cell]`. A bar that passes both controls is solid, one that fails is hatched; the
-    control's effect is an open diamond on the same line.
+    Every array has the shape `[cell]`. A bar that passes its controls is solid, one that fails is hatched; the
+    control's effect is an open diamond on the same line. `value` is what the numbers are, the name of their column.
 
     Raises:
         UserError: the shapes do not agree.
@@ -121,8 +157,9 @@ def bars(
     check_shape("values", effects, (len(labels),))
     cells = number_cells(effects, list(labels), ci_low, ci_high, control, passes)
     tested = passes is not None
+    meta = _meta("bars", value, title, facts) | {"control": control_name}
     figure = go.Figure()
-    groups = [(True, "passes both controls", ""), (False, "does not pass", "/")] if tested else [(None, "effect", "")]
+    groups = [(True, "passes its controls", ""), (False, "does not pass", "/")] if tested else [(None, value, "")]
     for wanted, name, hatch in groups:
         # NaN is not equal to itself, so an undefined bar belongs to the last group and draws nothing.
         rows = [i for i, cell in enumerate(cells) if wanted is None or (cell[5] == "yes") == wanted]
@@ -130,13 +167,12 @@ def bars(
             continue
         chosen = [cells[i] for i in rows]
         figure.add_bar(
-            orientation="h", x=[cell[1] for cell in chosen], y=rows, width=0.62, name=name, customdata=chosen,
-            text=escaped([cell[0] for cell in chosen]), textposition="none",
-            meta={"kind": "bars", "columns": list(COLUMNS), "title": title, "facts": fact_rows(facts)},
+            orientation="h", x=[cell[1] for cell in chosen], y=rows, width=0.62, name=html.escape(name),
+            customdata=chosen, text=escaped([cell[0] for cell in chosen]), textposition="none", meta=meta,
             marker={"color": BAR if not hatch else "rgba(74,127,193,.35)", "line": {"color": BAR, "width": 1},
                     "pattern": {"shape": hatch, "fgcolor": BAR, "bgcolor": "rgba(0,0,0,0)", "size": 6}},
             error_x=_error_bars(chosen) if ci_low is not None and ci_high is not None else None,
-            hovertemplate=_hover(ci_low is not None, control is not None, tested),
+            hovertemplate=hover(value, ci_low is not None, control is not None, tested),
         )  # fmt: skip
     if control is not None:
         figure.add_scatter(
@@ -144,71 +180,51 @@ def bars(
             marker={"symbol": "diamond-open", "size": 10, "color": INK, "line": {"width": 2}},
             meta={"kind": "control"}, hoverinfo="skip",
         )  # fmt: skip
-    figure.update_layout(**_layout(title, height=len(labels) * 30 + TOP + BOTTOM + 28))
-    figure.update_layout(barmode="overlay", showlegend=tested or control is not None, meta={"max_width": 760})
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "itemclick": False})
-    figure.update_xaxes(title={"text": html.escape(x_title)}, zeroline=True, zerolinewidth=1, fixedrange=True)
-    figure.update_yaxes(**_category_axis(labels, ""), range=[len(labels) - 0.5, -0.5])
+    figure.update_layout(**base(title, len(labels) * 30 + TOP + BOTTOM, legend=tested or control is not None))
+    figure.update_layout(barmode="overlay", meta={"max_width": 760})
+    figure.update_xaxes(**value_axis(x_title), zeroline=True)
+    figure.update_yaxes(**category_axis(labels, ""), range=[len(labels) - 0.5, -0.5])
     return figure
-
-
-def small_multiples(figures: Mapping[str, go.Figure], *, columns: int = 2, title: str = "") -> go.Figure:
-    """Heatmaps side by side under their names, on one colour scale and with one colour bar.
-
-    Raises:
-        UserError: there is no figure, or one holds no heatmap of effects.
-    """
-    if not figures:
-        raise UserError("small_multiples was given no figure")
-    columns = min(columns, len(figures))
-    first = next(iter(figures.values()))
-    n_rows = -(-len(figures) // columns)
-    grids: dict[str, list[Any]] = {name: [t for t in f.data if _is_grid(t)] for name, f in figures.items()}
-    empty = [name for name, traces in grids.items() if not traces]
-    if empty:
-        raise UserError(f"small_multiples takes heatmaps of effects; {empty[0]!r} holds none")
-    limit = max(trace.zmax for traces in grids.values() for trace in traces)
-    sizes = [figure.layout.height for figure in figures.values()]
-    heights = [max(sizes[start : start + columns]) for start in range(0, len(sizes), columns)]
-    inner = [height - TOP - BOTTOM for height in heights]
-    total = sum(heights)
-    joint = make_subplots(
-        rows=n_rows, cols=columns, subplot_titles=[html.escape(name) for name in figures],
-        row_heights=[value / sum(inner) for value in inner],
-        vertical_spacing=(TOP + BOTTOM) / total if n_rows > 1 else 0, horizontal_spacing=0.22 / columns,
-    )  # fmt: skip
-    for index, (name, figure) in enumerate(figures.items()):
-        row, column = index // columns + 1, index % columns + 1
-        traces: Any = copy.deepcopy(figure.data)
-        for trace in traces:
-            if _is_grid(trace):
-                trace.update(zmin=-limit, zmax=limit, showscale=index == 0, meta={**trace.meta, "title": name})
-                trace.colorbar.update(len=min(1.0, 320 / total), yanchor="top", y=1)
-            joint.add_trace(trace, row=row, col=column)
-        joint.update_xaxes(figure.layout.xaxis.to_plotly_json(), row=row, col=column)
-        joint.update_yaxes(figure.layout.yaxis.to_plotly_json(), row=row, col=column)
-        if column > 1 and figure.layout.yaxis.title.text == first.layout.yaxis.title.text:
-            joint.update_yaxes(title_text="", row=row, col=column)  # said once a row
-    joint.update_layout(**_layout(title, height=total))
-    widths = [figure.layout.meta["max_width"] for figure in figures.values()]
-    joint.update_layout(meta={"max_width": min(1100, max(widths) * columns), "min_width": 230 * columns})
-    return joint
 
 
 # ---- parts of a figure ---------------------------------------------------------------------------------------------
 
 
-def _mark_undefined(
-    figure: go.Figure, z: NDArray[np.float64], cells: list[Any], names: list[Any], meta: dict[str, Any]
-) -> None:
+def _meta(
+    kind: str, value: str, title: str, facts: Mapping[str, object] | None, more: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What the page must know of a trace to show its numbers."""
+    columns = column_names(value, more)
+    return {"kind": kind, "columns": columns, "value": value, "title": title, "facts": fact_rows(facts)}
+
+
+def _with_text(names: list[Any], text: Sequence[Sequence[str]]) -> list[list[str]]:
+    """What a hover label is headed with: the cell's name and the whole token in it."""
+    return [
+        [escaped(f"{name}: {visible(token)}") for name, token in zip(*rows, strict=True)]
+        for rows in zip(names, text, strict=True)
+    ]
+
+
+def _text(names: list[Any], text: Sequence[Sequence[str]] | None, defined: NDArray[np.bool_]) -> dict[str, Any]:
+    """The names of the cells, drawn only on hover, and the tokens drawn in them."""
+    if text is None:
+        return {"text": names}
+    drawn = [
+        [escaped(shortened(visible(token), TEXT_WIDTH)) if here else "" for token, here in zip(*rows, strict=True)]
+        for rows in zip(text, defined, strict=True)
+    ]
+    return {"text": drawn, "hovertext": names, "texttemplate": "%{text}", "textfont": {"size": 11}}
+
+
+def _mark_undefined(figure: go.Figure, z: NDArray[np.float64], cells: list[Any], names: list[Any]) -> None:
     undefined = np.argwhere(~np.isfinite(z))
     if not len(undefined):
         return
-    grey = "rgba(128,134,145,.28)"
     figure.add_heatmap(
         z=[[None if np.isfinite(value) else 0 for value in row] for row in z],
-        x=list(range(z.shape[1])), y=list(range(z.shape[0])), customdata=cells, text=escaped(names),
-        colorscale=[[0, grey], [1, grey]], showscale=False, xgap=1, ygap=1, hoverongaps=False,
+        x=list(range(z.shape[1])), y=list(range(z.shape[0])), customdata=cells, text=names,
+        colorscale=[[0, GRID], [1, GRID]], showscale=False, xgap=1, ygap=1, hoverongaps=False,
         meta={"kind": "undefined"}, hovertemplate="<b>%{text}</b><br>undefined<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
@@ -217,19 +233,15 @@ def _mark_undefined(
     )  # fmt: skip
 
 
-def _mark_passing(figure: go.Figure, cells: list[Any]) -> None:
+def _mark_passing(figure: go.Figure, cells: list[Any], aside: float) -> None:
     passing = [(row, column) for row, line in enumerate(cells) for column, cell in enumerate(line) if cell[5] == "yes"]
     if passing:
         figure.add_scatter(
-            x=[column for _, column in passing], y=[row for row, _ in passing], mode="markers", hoverinfo="skip",
+            x=[column - aside for _, column in passing], y=[row for row, _ in passing], mode="markers",
+            hoverinfo="skip", showlegend=False, meta={"kind": "mark"},
             # white with a dark rim: seen on every colour of the scale, in both themes
             marker={"symbol": "circle", "size": 6, "color": "#ffffff", "line": {"width": 1.4, "color": "#111827"}},
-            showlegend=False, meta={"kind": "mark"},
         )  # fmt: skip
-
-
-def _is_grid(trace: Any) -> bool:
-    return (trace.meta or {}).get("kind") == "effect"
 
 
 def _error_bars(cells: list[Any]) -> dict[str, Any]:
@@ -240,38 +252,3 @@ def _error_bars(cells: list[Any]) -> dict[str, Any]:
         "type": "data", "symmetric": False, "array": [gap(cell, 3, 1) for cell in cells],
         "arrayminus": [gap(cell, 1, 2) for cell in cells], "color": INK, "thickness": 1.6, "width": 4,
     }  # fmt: skip
-
-
-def _hover(interval: bool, control: bool, passes: bool) -> str:
-    lines = ["<b>%{text}</b>", "effect %{customdata[1]:.3f}"]
-    if interval:
-        lines.append("95% interval %{customdata[2]:.3f} to %{customdata[3]:.3f}")
-    if control:
-        lines.append("control %{customdata[4]:.3f}")
-    if passes:
-        lines.append("passes both controls: %{customdata[5]}")
-    return "<br>".join(lines) + "<extra></extra>"
-
-
-def _layout(title: str, height: int) -> dict[str, Any]:
-    return {
-        "template": go.layout.Template(), "title": {"text": html.escape(title), "x": 0, "xref": "paper"},
-        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "dragmode": False, "hovermode": "closest",
-        "font": {"family": FONT, "size": 12.5, "color": INK}, "height": height, "autosize": True,
-        "margin": {"l": 56, "r": 16, "t": TOP, "b": BOTTOM},
-    }  # fmt: skip
-
-
-def _category_axis(labels: Sequence[object], title: str) -> dict[str, Any]:
-    """Positions 0, 1, … under the labels: repeated tokens stay apart, and "1" is not read as a number."""
-    step = max(1, len(labels) // 40)
-    shown = list(range(0, len(labels), step))
-    return {
-        "tickmode": "array", "tickvals": shown, "ticktext": escaped([str(labels[i]) for i in shown]),
-        "title": {"text": html.escape(title), "standoff": 8}, "showgrid": False, "zeroline": False, "ticks": "",
-        "fixedrange": True, "automargin": True,
-    }  # fmt: skip
-
-
-def _colorscale() -> list[list[Any]]:
-    return [[i / (len(DIVERGING) - 1), colour] for i, colour in enumerate(DIVERGING)]

@@ -13,9 +13,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mechinterp.errors import UserError
+from mechinterp.reporting.cells import BLANKS
 
 Cell = str | int | float | bool | None
 HERE = Path(__file__).parent
+SCRIPTS = ("tables.js", "themes.js", "plots.js", "attention.js", "report.js")  # one script: each uses those before it
 
 
 def render(payload: Mapping[str, Any]) -> str:
@@ -33,11 +35,17 @@ def render(payload: Mapping[str, Any]) -> str:
         manifest=_manifest_rows(payload["manifest"]),
         role_index={role: index % 8 for index, role in enumerate(roles)},
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
+        script=Markup(_script()),
         plotly=Markup(_inline(get_plotlyjs())) if data["figures"] else "",
         circuitsvis=Markup(_inline(_circuitsvis_bundle())) if views else "",
         data=Markup(_script_json(data)),
     )
+
+
+def _script() -> str:
+    """The page's behaviour, in a scope of its own."""
+    parts = [(HERE / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    return '"use strict";\n(() => {\n' + "\n".join(parts) + "})();"
 
 
 def _script_json(value: Any) -> str:
@@ -97,7 +105,6 @@ def _cell_class(cell: Cell) -> str:
 
 def _token(text: str) -> Markup:
     """A token with its spaces and newlines made visible."""
-    marks = {" ": "·", "\n": "↵", "\t": "⇥"}
     return Markup("").join(
-        Markup('<span class="blank">{}</span>').format(marks[c]) if c in marks else c for c in text
+        Markup('<span class="blank">{}</span>').format(BLANKS[c]) if c in BLANKS else c for c in text
     ) or Markup('<span class="blank">∅</span>')

@@ -1,17 +1,16 @@
-"""Sweeps in a report: heatmaps (layers down, heads, roles or positions across), tables, prompts and attention."""
+"""Sweeps in a report: heatmaps (layers down, heads, roles or positions across), tables and prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 
 from mechinterp.evaluation import Baseline
 from mechinterp.hooked.model import HookedModel
-from mechinterp.hooked.prompts import Prompts
-from mechinterp.hooked.sites import Site
 from mechinterp.patching.result import SweepResult
-from mechinterp.reporting.figures import heatmap, largest, small_multiples
-from mechinterp.reporting.report import AttentionView, Prompt, Section, Table
+from mechinterp.reporting.figures import heatmap, largest
+from mechinterp.reporting.panels import small_multiples
+from mechinterp.reporting.report import Prompt, Section, Table
 from mechinterp.results import Result, plain
 from mechinterp.tasks.pairs import PromptPairs, labelled
 
@@ -140,14 +139,3 @@ def prompt_preview(model: HookedModel, pairs: PromptPairs, n: int) -> tuple[Prom
             roles = tuple("/".join(roles) or None for _, roles in tokens)
             shown.append(Prompt(tuple(text for text, _ in tokens), roles, label=label, answer=asked))
     return tuple(shown)
-
-
-def attention_view(model: HookedModel, prompts: Prompts, heads: Mapping[str, str]) -> AttentionView:
-    """Attention patterns on the first prompt, of heads such as "L9H6", each with a note."""
-    start = int(prompts.padding[0])
-    first = Prompts(prompts.tokens[:1, start:], bos=prompts.bos)
-    places = [tuple(int(part) for part in head.removeprefix("L").split("H")) for head in heads]
-    _, cache = model.run_with_cache(first, [Site("pattern", layer) for layer in sorted({layer for layer, _ in places})])
-    patterns = np.stack([cache["pattern", layer][0, head].float().cpu().numpy() for layer, head in places])
-    tokens = tuple(model.token_strings(first.tokens[0]))
-    return AttentionView(tokens, tuple(heads), patterns, tuple(heads.values()), "Attention on the first clean prompt.")

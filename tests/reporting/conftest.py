@@ -3,11 +3,45 @@
 import numpy as np
 import pytest
 
-from mechinterp.reporting import AttentionView, Prompt, Report, Section, Table, bars, heatmap, small_multiples
+from mechinterp.reporting import (
+    AttentionView,
+    Prompt,
+    Report,
+    Section,
+    Table,
+    bars,
+    curves,
+    heatmap,
+    small_multiples,
+    visible,
+)
 
 TOKENS = tuple("When| Mary| and| John| went| to| the| store|,| John| gave| a| drink| to".split("|"))  # noqa: SIM905
 ROLES = (None, "IO", None, "S1", "S1+1", None, None, None, None, "S2", None, None, None, "END")
 HOSTILE = '</script><script>alert(1)</script><b onclick="alert(2)">'
+
+
+def lens_figures():
+    """Layers × tokens with a token in each cell, the first layer at the bottom; and lines over layers, one log."""
+    rng = np.random.default_rng(1)
+    tokens, layers = ("The", " capital", " of", "\n"), range(5)
+    probability = np.linspace(0.02, 0.9, 5)[:, None] * rng.uniform(0.4, 1, (5, 4))
+    probability[1, 2] = np.nan
+    says = [[" Paris", "ly", HOSTILE, "\n"]] * 4 + [[" Paris", " antidisestablishment", " the", ""]]
+    grid = heatmap(
+        probability, [visible(token) for token in tokens], layers, value="probability", scale="sequential", zmax=1.0,
+        text=says, more={"rank": (np.arange(20) * 50).reshape(5, 4)}, first_at_top=False, title="Logit lens",
+        labels=[[f"layer {layer} at {visible(token)}" for token in tokens] for layer in layers],
+    )  # fmt: skip
+    answer = np.array([0.01, 0.03, np.nan, 0.4, 0.8])
+    lines = {"answer": answer, "wrong": answer * 0.5 + 0.1, "another prompt's answer": np.full(5, 0.05)}
+    by_layer = curves(
+        layers, lines, ci_low={"answer": answer * 0.8}, ci_high={"answer": answer * 1.1}, facts={"n": 64},
+        dashed=["another prompt's answer"], x_title="layer", y_title="probability", title="Probability by layer",
+    )  # fmt: skip
+    kl = {"logit lens": [4.0, 0.5, 0.02, 0.00031, 0.0]}
+    log = curves(layers, kl, x_title="layer", y_title="KL (nats)", title="KL", log_y=True)
+    return grid, by_layer, log
 
 
 def synthetic_report() -> Report:
@@ -61,6 +95,7 @@ def synthetic_report() -> Report:
             Section("Where the answer moves", "Effect of patching each layer at each role.\n\nOne scale for all three.",
                     figures=(small_multiples(panels, columns=3, title="Residual stream, attention and MLP by role"),)),
             Section("Every head", "A dot marks a head that passes both controls.", figures=(heads_figure, bar_figure)),
+            Section("What the layers say", figures=lens_figures()),
             Section("The heads found", table=Table(
                 ("head", "effect", "95% low", "95% high", "attends to", "passes"),
                 tuple((f"L{a}H{b}", effect[a, b], effect[a, b] - 0.03, None, "IO", True) for a, b in order),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mechinterp.errors import UserError
-from mechinterp.reporting import bars, heatmap, largest, small_multiples
+from mechinterp.reporting import bars, heatmap, largest
 
 GRID = np.array([[0.5, np.nan, -0.2], [0.0, 0.1, 0.3]])
 
@@ -87,25 +87,75 @@ def test_bars_alone():
     assert len(figure.data) == 1 and not figure.layout.showlegend
 
 
-def test_small_multiples_share_one_scale_and_one_colour_bar():
-    panels = {name: heatmap(GRID * k, "abc", "xy") for name, k in (("one", 1), ("two", -3), ("three", 2))}
-    joint = small_multiples(panels, columns=2)
-    effects = [trace for trace in joint.data if trace.meta["kind"] == "effect"]
-    assert {trace.zmax for trace in effects} == {1.5}
-    assert sum(trace.showscale for trace in effects) == 1
-    assert [trace.meta["title"] for trace in effects] == ["one", "two", "three"]
-    assert len({trace.xaxis for trace in effects}) == 3
-    assert panels["one"].data[0].zmax == 0.5  # the originals are untouched
-
-
-def test_small_multiples_refuses_what_it_cannot_lay_out():
-    with pytest.raises(UserError, match="no figure"):
-        small_multiples({})
-    with pytest.raises(UserError, match="'b'"):
-        small_multiples({"a": heatmap(GRID, "abc", "xy"), "b": bars(["a"], [1.0])})
-
-
 def test_figures_are_strict_json():
     figure = heatmap(GRID, "abc", "xy")
     json.loads(figure.to_json(), parse_constant=lambda text: pytest.fail(text))
     assert not any(isinstance(v, float) and math.isnan(v) for row in figure.data[0].z for v in row)
+
+
+# ---- amounts, and tokens in the cells ------------------------------------------------------------------------------
+
+TEXT = [[" a", "\n", "<b>"], ["", " incomprehensible", "x\u200d"]]
+
+
+def test_amounts_start_at_zero_on_a_scale_that_is_not_diverging():
+    trace = heatmap(np.abs(GRID), "abc", "xy", scale="sequential", value="probability").data[0]
+    assert (trace.zmin, trace.zmax) == (0, 0.5)
+    assert trace.colorscale != heatmap(GRID, "abc", "xy").data[0].colorscale
+    luminance = [sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for _, colour in trace.colorscale]
+    assert luminance == sorted(luminance, reverse=True)
+    assert trace.meta["value"] == trace.colorbar.title.text == "probability"
+    assert trace.meta["columns"][1] == "probability" and "probability %{customdata[1]" in trace.hovertemplate
+
+
+def test_negative_amounts_are_refused_and_float_noise_is_not():
+    with pytest.raises(UserError, match=r"sequential scale starts at 0, and the smallest KL is -0\.2"):
+        heatmap(GRID, "abc", "xy", scale="sequential", value="KL")
+    heatmap([[1.0, -1e-8]], "ab", "x", scale="sequential")
+
+
+def test_tokens_are_drawn_with_visible_blanks_shortened_and_escaped_and_kept_whole():
+    grid = np.ones((2, 3))
+    grid[1, 1] = np.nan
+    trace = heatmap(grid, "abc", "xy", text=TEXT).data[0]
+    assert trace.text == (["·a", "↵", "&lt;b&gt;"], ["∅", "", "x\\x200d"])  # an undefined cell has its cross alone
+    assert trace.texttemplate == "%{text}"
+    assert trace.hovertext[0][2] == "x · c: &lt;b&gt;" and trace.hovertext[1][1] == "y · b: ·incomprehensible"
+    at = trace.meta["columns"].index("text")
+    assert [[cell[at] for cell in row] for row in trace.customdata] == TEXT
+    long = heatmap(np.ones((2, 3)), "abc", "xy", text=TEXT).data[0].text[1][1]
+    assert long == "·incompr…"
+
+
+def test_cells_of_tokens_are_wide_enough_to_be_read():
+    figure = heatmap(np.ones((2, 40)), range(40), "xy", text=[["·incompr…"] * 40] * 2)
+    assert figure.layout.meta["min_width"] >= 60 * 40
+
+
+def test_more_columns():
+    ranks = np.array([[1, 2, 3], [4, 5, 60]])
+    trace = heatmap(GRID, "abc", "xy", more={"rank": ranks, "entropy": GRID}).data[0]
+    assert trace.meta["columns"][-2:] == ["rank", "entropy"]
+    assert trace.customdata[1][2][-2:] == [60, 0.3] and trace.customdata[0][1][-1] is None
+    with pytest.raises(UserError, match="rank has the shape"):
+        heatmap(GRID, "abc", "xy", more={"rank": [1]})
+    with pytest.raises(UserError, match="text has the shape"):
+        heatmap(GRID, "abc", "xy", text=[["a"]])
+    with pytest.raises(UserError, match="'effect'"):
+        heatmap(GRID, "abc", "xy", more={"effect": GRID})
+
+
+def test_the_first_row_may_be_the_lowest():
+    assert heatmap(GRID, "abc", "xy").layout.yaxis.range == (1.5, -0.5)
+    assert heatmap(GRID, "abc", "xy", first_at_top=False).layout.yaxis.range == (-0.5, 1.5)
+
+
+def test_dots_stand_beside_the_tokens():
+    passes = [[True, False, False]] * 2
+    assert list(heatmap(np.ones((2, 3)), "abc", "xy", text=TEXT, passes=passes).data[-1].x) == [-0.4, -0.4]
+
+
+def test_bars_name_their_numbers_and_their_control():
+    figure = bars(["a"], [0.5], value="score", control=[0.1], control_name="shuffled")
+    assert figure.data[0].meta["columns"][1] == figure.data[0].meta["value"] == "score"
+    assert figure.data[0].meta["control"] == figure.data[1].name == "shuffled"

@@ -2,9 +2,12 @@
 
 import plotly.graph_objects as go
 
+from mechinterp.ablation.cumulative import Cumulative
 from mechinterp.ablation.knock_out import KnockOut
 from mechinterp.ablation.scan import ScanResult
-from mechinterp.reporting.figures import heatmap
+from mechinterp.ablation.self_repair import SelfRepair
+from mechinterp.reporting.curves import curves
+from mechinterp.reporting.figures import bars, heatmap
 from mechinterp.reporting.report import Section, Table
 from mechinterp.results import plain
 
@@ -71,4 +74,65 @@ def scan_figure(result: ScanResult, metric: str | None = None) -> go.Figure:
         x_title="head",
         y_title="layer",
         value="change",
+    )
+
+
+def cumulative_section(result: Cumulative) -> Section:
+    """Both metrics along a ranking, beside random orders."""
+    figures = []
+    for metric in ("logit_diff", "prob"):
+        name, data = METRICS[metric], result.data
+        lines = {name: data[metric].values}
+        ends = [{name: data[f"{metric}_{end}"].values} for end in ("low", "high")]
+        if f"control_{metric}" in data:
+            lines["random heads of the same layers"] = data[f"control_{metric}"].mean(("draw", "prompt")).values
+        figures.append(
+            curves(
+                data["rank"].values,
+                lines,
+                ci_low=ends[0],
+                ci_high=ends[1],
+                dashed=list(lines)[1:],
+                x_title="heads knocked out",
+                y_title=name,
+                title=f"{name}, one head after another",
+                x_labels=["none", *result.about["ranking"]],
+                facts={"n": result.about["n_prompts"]},
+            )
+        )
+    return Section("One after another", result.summary(), figures=tuple(figures))
+
+
+def self_repair_section(results: dict[str, SelfRepair]) -> Section:
+    """The terms of each knock-out as bars, the control beside them, and who makes up for what."""
+    figures, rows = [], []
+    for name, result in results.items():
+        top = result.top()
+        figures.append(
+            bars(
+                top["component"].tolist(),
+                top["effect"],
+                ci_low=top["ci_low"],
+                ci_high=top["ci_high"],
+                control=top.get("control"),
+                x_title="change of the logit difference",
+                title=f"Without {name}",
+                control_name="random heads of the same layers",
+                facts={"heads": " ".join(result.about["heads"]), "n": result.about["n_prompts"]},
+            )
+        )
+        for row in result.repairers(5).itertuples(index=False):
+            rows.append((name, *(plain(value) for value in row)))
+    return Section(
+        "Self-repair",
+        "The change of the logit difference, taken apart: what the knocked-out heads wrote, and what the rest makes of "
+        "it. The terms add up to the change, prompt by prompt.\n\n"
+        + "\n\n".join(r.summary() for r in results.values()),
+        figures=tuple(figures),
+        table=Table(
+            ("without", "component", "change", "low", "high"),
+            tuple(rows),
+            "Components whose direct effect changes most.",
+            max_rows=20,
+        ),
     )

@@ -55,26 +55,25 @@ def lens_curve(result: LensResult, name: str) -> go.Figure:
 def lens_grid(result: LensResult) -> go.Figure:
     """Layers up, tokens across: what each layer would say there, and how surely."""
     data = result.data.isel(prompt=0).transpose("layer", "pos", "rank")
-    layers = data["layer"].values.tolist()[::-1]
-    flipped = data.isel(layer=slice(None, None, -1))
-    strings = result.about["strings"]
-    tokens = [[strings.get(str(int(token)), "") for token in row] for row in flipped["top_token"].isel(rank=0).values]
-    more = {"kl": flipped["kl"].values, "entropy": flipped["entropy"].values}
-    if "prob" in flipped:
-        more |= {"answer": flipped["prob"].values, "rank": flipped["answer_rank"].values}
-    shown = result.about["tokens"] or result.spot_labels
+    layers, strings = data["layer"].values.tolist(), result.about["strings"]
+    more = {"kl": data["kl"].values, "entropy": data["entropy"].values}
+    if "prob" in data:
+        more |= {"answer": data["prob"].values, "rank": data["answer_rank"].values}
+    shown = [visible(token) for token in result.about["tokens"] or result.spot_labels]
     return heatmap(
-        flipped["top_prob"].isel(rank=0).values,
-        x=[visible(token) for token in shown],
+        data["top_prob"].isel(rank=0).values,
+        x=shown,
         y=layers,
-        text=tokens,
+        text=[[strings.get(str(int(token)), "") for token in row] for row in data["top_token"].isel(rank=0).values],
         more=more,
+        labels=[[f"layer {layer} at {token} ({i})" for i, token in enumerate(shown)] for layer in layers],
         scale="sequential",
         zmax=1.0,
         value="probability",
         title="The first token of each layer, and its probability",
         x_title="token",
         y_title="layer",
+        first_at_top=False,
     )
 
 
