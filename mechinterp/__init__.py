@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mechinterp import ablation, heads, lens, metrics, models, patching, reporting, steering, tasks, text
+    from mechinterp import (
+        ablation,
+        evaluation,
+        heads,
+        lens,
+        metrics,
+        models,
+        patching,
+        reporting,
+        results,
+        steering,
+        tasks,
+        text,
+    )  # fmt: skip
     from mechinterp.errors import UserError
     from mechinterp.evaluation import baseline, evaluate
     from mechinterp.hooked.cache import Cache
@@ -23,12 +36,14 @@ if TYPE_CHECKING:
 # Public name -> module that holds it; None: the name is itself a module.
 _HOMES: dict[str, str | None] = {
     "ablation": None,
+    "evaluation": None,
     "heads": None,
     "lens": None,
     "metrics": None,
     "models": None,
     "patching": None,
     "reporting": None,
+    "results": None,
     "steering": None,
     "tasks": None,
     "text": None,
@@ -66,6 +81,7 @@ __all__ = [
     "baseline",
     "check",
     "evaluate",
+    "evaluation",
     "heads",
     "lens",
     "load",
@@ -73,6 +89,7 @@ __all__ = [
     "models",
     "patching",
     "reporting",
+    "results",
     "steering",
     "tasks",
     "text",

@@ -2,7 +2,10 @@
 
 import plotly.graph_objects as go
 
+from mechinterp.heads.causal import CausalResult
+from mechinterp.heads.copying import CopyingResult
 from mechinterp.heads.patterns import PatternResult
+from mechinterp.reporting.curves import curves
 from mechinterp.reporting.figures import bars, heatmap
 from mechinterp.reporting.panels import small_multiples
 from mechinterp.reporting.report import Section, Table
@@ -59,3 +62,44 @@ def pattern_section(result: PatternResult, kinds: tuple[str, ...] | None = None,
         figures=(small_multiples(panels, columns=min(2, len(panels)), title="Attention by pattern"), largest),
         table=Table(tuple(result.top(chosen[0], 1).columns), tuple(rows), "Best heads of each kind.", max_rows=16),
     )
+
+
+def causal_section(result: CausalResult) -> Section:
+    """The loss by position with the top heads out, beside random heads, and each of the top heads alone."""
+    data, names = result.data, {"base": "whole model", "top": "without the top heads", "random": "without random heads"}
+    lines = {text: data[f"{name}_by_pos"].mean("prompt").values for name, text in names.items()}
+    by_position = curves(
+        data["pos"].values, lines, dashed=[names["random"]], x_title="position in the last copy",
+        y_title="loss (nats)", title="Loss on the last copy",
+        facts={"heads": " ".join(f"L{a}H{b}" for a, b in result.heads), "control": result.about["control"]},
+    )  # fmt: skip
+    top = result.top(12)
+    alone = bars(
+        top["cell"].tolist(), top["increase"], ci_low=top["ci_low"], ci_high=top["ci_high"], control=top["control"],
+        passes=top["passes"], title="Each head knocked out alone", x_title="increase of the loss (nats)",
+        control_name="largest other head of its layer",
+    )  # fmt: skip
+    return Section("Are they needed?", result.summary(), figures=(by_position, alone))
+
+
+def copying_section(result: CopyingResult, n: int = 12) -> Section:
+    """Eigenvalue scores of every head, and those of largest score as a table."""
+    layers, heads = result.data["layer"].values.tolist(), result.data["head"].values.tolist()
+    figure = heatmap(
+        result.data["eigenvalue"].values,
+        x=heads,
+        y=layers,
+        control=result.data["eigenvalue_null"].values,
+        passes=result.data["copies"].values | result.data["suppresses"].values,
+        labels=[[f"L{layer}H{head}" for head in heads] for layer in layers],
+        facts={"embedding": result.about["embedding"], "control": result.about["control"]},
+        title="Sum of the OV eigenvalues over the sum of their sizes",
+        x_title="head",
+        y_title="layer",
+        value="score",
+        zmax=1.0,
+    )
+    top = result.top(n)
+    rows = tuple(tuple(plain(value) for value in row) for row in top.itertuples(index=False))
+    table = Table(tuple(map(str, top.columns)), rows, "Heads of largest eigenvalue score.", max_rows=n)
+    return Section("What they copy", result.summary(), figures=(figure,), table=table)
