@@ -116,11 +116,12 @@ def finding(
         best = column.isel(layer=int(column["indirect"].argmax()))
         low, high = float(best["ci_low"]), float(best["ci_high"])
         parts.append(f"{name} layer {int(best['layer'])} {float(best['indirect']):.2f} [{low:.2f}, {high:.2f}]")
+    total = f"{first['estimate']:.2f} [{first['ci_low']:.2f}, {first['ci_high']:.2f}]"
     return (
         f"{model.info.name} knows {facts.source['known']} of {facts.source['facts']} facts. The answer is first in the "
-        f"logit lens from layer {np.nanmedian(settled):.0f} of {model.n_layers} on (median). Noise on the subject takes "
-        f"{first['estimate']:.2f} [{first['ci_low']:.2f}, {first['ci_high']:.2f}] of P(answer); at the subject's last "
-        f"token {', '.join(parts)} bring most of it back (n={len(facts)}, 95% {lens.about['scope']})."
+        f"logit lens from layer {np.nanmedian(settled):.0f} of {model.n_layers} on (median). Noise on the subject "
+        f"takes {total} of P(answer); restored at the subject's last token, most comes back at {', '.join(parts)} "
+        f"(n={len(facts)}, 95% {lens.about['scope']})."
     )
 
 
@@ -154,8 +155,8 @@ def report(
         ),
         caveats=(
             f"Only facts that the model knows are traced: {facts.source['known']} of {facts.source['facts']}.",
-            f"Noise of {config.noise:g} standard deviations is off the model's usual inputs; other corruptions may name "
-            "other layers.",
+            f"Noise of {config.noise:g} standard deviations is off the model's usual inputs; other corruptions may "
+            "name other layers.",
             "Restoring a window of layers is not restoring one: windows smear what they find over their width.",
             "A state that brings the answer back holds enough to recall it; it need not be where the fact is stored.",
             against.verdict,

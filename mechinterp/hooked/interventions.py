@@ -8,12 +8,13 @@ live activation, and may be written to another site than the one that it was rea
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechinterp.errors import UserError
+from mechinterp.hooked import donors, means
 from mechinterp.hooked.prompts import Positions, Prompts
 from mechinterp.hooked.sites import Site
 
@@ -105,64 +106,46 @@ class Zero(Intervention):
         return torch.zeros_like(activation)
 
 
+class _Once:
+    """What is worked out of a run's prompts, once as long as they are the same: its rows ask for it again and again."""
+
+    def __init__(self, make: Callable[[Prompts], Tensor]):
+        self._make, self._of = make, None
+
+    def __call__(self, prompts: Prompts) -> Tensor:
+        if self._of is None or self._of[0] is not prompts:
+            self._of = prompts, self._make(prompts)
+        return self._of[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Mean(Intervention):
     """Set to the mean over other prompts.
 
     Attributes:
-        over: the prompts that the mean is taken over, in their own run.
-        by: "all" pools prompts and positions; "position" keeps positions apart (the prompts must be of one length);
-            "role" gives each role its own mean and pools the other positions; "template" averages within a template,
-            by position (Wang et al. 2023). "role" and "template" need a run whose prompts have them.
+        over: the prompts that the mean is taken over, in their own run; padding is no part of it.
+        by: "all" pools prompts and positions; "position" keeps positions apart (prompts of one length, roles at the
+            same positions); "role" gives each role its own mean and pools the other positions; "template" averages
+            within a template, by position (Wang et al. 2023). "role" and "template" need prompts that have them.
+
+    Raises:
+        UserError: on entering, prompts that this mean cannot be taken over; on running, a position to be set for which
+            there is no mean.
     """
 
     over: Prompts
-    by: Literal["all", "position", "role", "template"] = "all"
+    by: means.By = "all"
 
-    def prepare(self, capture: Capture) -> Any:
-        if self.by == "position" and self.over.mask is not None:
-            raise UserError("Mean(by='position') needs prompts of one length; found several. Valid: by='role' or 'all'")
-        if self.by == "role" and not self.over.roles:
-            raise UserError("Mean(by='role') needs prompts with roles; found none. Valid: by='all' or 'position'")
-        if self.by == "template" and self.over.template is None:
-            raise UserError("Mean(by='template') needs prompts with templates; found none. Valid: by='role' or 'all'")
-        return capture(self.over, self.reads.whole).movedim(self.reads.kind.dim(self.reads.kind.pos_axis), 1)
+    def prepare(self, capture: Capture) -> tuple[Tensor, _Once]:
+        means.require_groups(self.over, self.by)
+        over = capture(self.over, self.reads.whole).movedim(self.reads.kind.dim(self.reads.kind.pos_axis), 1)
+        made = means.Means.of(self.over, self.by, over)
+        return made.table, _Once(lambda prompts: made.rows(prompts, self.positions))
 
     def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
-        mean = self._mean_of(state, rows.prompts)
-        return rows.of(mean, 1).movedim(1, self.reads.kind.dim(self.reads.kind.pos_axis)).to(activation)
-
-    def _mean_of(self, over: Tensor, prompts: Prompts) -> Tensor:
-        """`[prompt pos ...]`: the mean that each position of the run's prompts takes."""
-        shape = (len(prompts), prompts.n_pos, *over.shape[2:])
-        real = self.over.real
-        if self.by == "all":
-            return over[real].mean(0).expand(shape)
-        if self.by == "position":
-            if over.shape[1] != prompts.n_pos:
-                raise UserError(f"Mean(by='position') is over {over.shape[1]} positions, the run has {prompts.n_pos}")
-            return over.mean(0).expand(shape)
-        if self.by == "template":
-            return self._by_template(over, prompts)
-        roles = [self.over.at_role(name) for name in self.over.roles]
-        rest = real & ~torch.stack(roles).any(0)
-        mean = (over[rest] if rest.any() else over[real]).mean(0).expand(shape).clone()
-        for name, at in zip(self.over.roles, roles, strict=True):
-            if name in prompts.roles and at.any():
-                mean[prompts.at_role(name)] = over[at].mean(0)
-        return mean
-
-    def _by_template(self, over: Tensor, prompts: Prompts) -> Tensor:
-        if prompts.template is None or prompts.n_pos != over.shape[1]:
-            raise UserError("Mean(by='template') needs a run over the same templates and positions")
-        assert self.over.template is not None
-        mean = over.new_empty((len(prompts), *over.shape[1:]))
-        for template in prompts.template.unique():
-            same = self.over.template == template
-            if not same.any():
-                raise UserError(f"Mean(by='template'): template {int(template)} of the run is not in `over`")
-            mean[prompts.template == template] = over[same].mean(0)
-        return mean
+        table, row_of = state
+        mean = table[rows.of(row_of(rows.prompts), 1).to(table.device)]
+        return mean.movedim(1, self.reads.kind.dim(self.reads.kind.pos_axis)).to(activation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,35 +187,32 @@ class Resample(Intervention):
 
     Attributes:
         over: prompts to draw from, padded to the same number of positions as the run's.
+        by: "position": any other prompt of that length; "role": one with the roles at the same positions (those that
+            `positions` names, or all); "template": one of the same template.
         seed: of the draw; the same seed gives each prompt the same donor.
+
+    Raises:
+        UserError: on running, a prompt without a donor.
     """
 
     over: Prompts
+    by: donors.By = field(default="position", kw_only=True)
     seed: int = 0
 
-    def prepare(self, capture: Capture) -> Any:
-        return capture(self.over, self.reads.whole)
+    def prepare(self, capture: Capture) -> tuple[Tensor, _Once]:
+        return capture(self.over, self.reads.whole), _Once(self.donors)
 
     def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
+        source, donor_of = state
         pos = self.reads.kind.dim(self.reads.kind.pos_axis)
-        if state.shape[pos] != rows.prompts.n_pos:
-            raise UserError(f"Resample is over {state.shape[pos]} positions, the run has {rows.prompts.n_pos}")
-        return rows.of(state[self.donors(rows.prompts)], pos).to(activation)
+        if source.shape[pos] != rows.prompts.n_pos:
+            raise UserError(f"Resample is over {source.shape[pos]} positions, the run has {rows.prompts.n_pos}")
+        donated = source[donor_of(rows.prompts)[rows.index.cpu()].to(source.device)]
+        return donated.narrow(pos, rows.start, donated.shape[pos] - rows.start).to(activation)
 
     def donors(self, prompts: Prompts) -> Tensor:
-        """`[prompt]` which prompt of `over` each prompt of the run takes; never its own number.
-
-        Raises:
-            UserError: no other prompt has that length.
-        """
-        draw = torch.Generator().manual_seed(self.seed)
-        theirs, ours, chosen = self.over.padding.cpu(), prompts.padding.cpu(), []
-        for i, padding in enumerate(ours):
-            same = [j for j in (theirs == padding).nonzero().flatten().tolist() if j != i]
-            if not same:
-                raise UserError(f"Resample: no other prompt has the length of prompt {i}")
-            chosen.append(same[int(torch.randint(len(same), (1,), generator=draw))])
-        return torch.tensor(chosen)
+        """`[prompt]` which prompt of `over` each prompt of the run takes; never its own number."""
+        return donors.draw_donors(self.over, prompts, self.by, self.positions, self.seed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from mechinterp.errors import UserError
 from mechinterp.hooked import cache as caching
 from mechinterp.hooked import forward, suffix
+from mechinterp.hooked import generate as generation
 from mechinterp.hooked.cache import Cache, NamesFilter
 from mechinterp.hooked.interventions import Intervention
 from mechinterp.hooked.prompts import Prompts
@@ -118,6 +119,11 @@ class HookedModel:
     def levers(self) -> suffix.Levers:
         """Which parts of the exact suffix run hold on this model; tried once."""
         return suffix.probe(self)
+
+    @cached_property
+    def keeps_cache(self) -> bool:
+        """Whether generating behind kept keys and values is exact on this model; tried once."""
+        return generation.probe(self)
 
     # Tokens
 
@@ -316,6 +322,35 @@ class HookedModel:
         if missing:
             raise UserError(f"{missing[0]} did not fire in this run")
         return logits, Cache(kept, self.n_layers)
+
+    def generate(
+        self,
+        text: Input,
+        max_new_tokens: int = 32,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        interventions: Sequence[Intervention] = (),
+    ) -> generation.Generation:
+        """Continue text, under the interventions in force and those given, at every step.
+
+        Args:
+            text: prompts, of one length or several.
+            max_new_tokens: of each prompt.
+            temperature: 0 takes the likeliest token, above 0 draws from the logits divided by it.
+            seed: of the draws.
+            stop_at_eos: end a prompt's text at the tokenizer's end of text.
+            interventions: for these runs. Positions are those of the prompts (negative ones count from their ends) and
+                never move; without positions an intervention acts on the generated tokens too.
+
+        Raises:
+            UserError: settings out of range, text beyond the context, an intervention without positions whose values
+                are those of a prompt's positions, or one that never fires or changes nothing.
+        """
+        return generation.generate(
+            self, self.to_prompts(text), max_new_tokens, temperature, seed, stop_at_eos, interventions
+        )
 
     def estimate_cache(self, text: Input, names_filter: NamesFilter = None) -> int:
         """Bytes that `run_with_cache` would keep."""

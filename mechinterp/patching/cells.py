@@ -15,6 +15,7 @@ from mechinterp.hooked import schedule, suffix
 from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
+from mechinterp.hooked.replays import replay
 from mechinterp.hooked.sites import Site
 from mechinterp.hooked.suffix import Recording
 from mechinterp.metrics import Metric
@@ -135,10 +136,7 @@ class CellRunner:
     rows_identical: int = 0
 
     def __post_init__(self) -> None:
-        self.read = self.metric.read(self.pairs)
-        self.sites, self.folds = self.recordings.sites, self.recordings.folds
-        if self.max_tokens is None:
-            self.max_tokens = schedule.max_tokens(self.model, self.prompts.n_pos, self.read.columns is None)
+        self.read, self.sites = self.metric.read(self.pairs), self.recordings.sites
 
     def run(self, cells: Sequence[Cell], source: Prompts, label: str | None = None) -> Tensor:
         """`[cell prompt]` metric of the base run with each cell set to its activation in `source`."""
@@ -155,28 +153,27 @@ class CellRunner:
         self, recording: Recording, sources: dict[str, Tensor], cells: Sequence[Cell], values: Tensor, bar: tqdm
     ) -> None:
         """Fill `values` for the recorded prompts."""
-        index = recording.index.cpu()
         starts = self._starts(recording, sources, cells)
-        cell_of, local = (starts < self.prompts.n_pos).nonzero(as_tuple=True)
-        self.rows_run += len(cell_of)
-        self.rows_identical += starts.numel() - len(cell_of)
-        bar.update(starts.numel() - len(cell_of))
-        layers = torch.tensor([cell.layer for cell in cells])[cell_of]
-        for batch, start in self._batches(starts[cell_of, local], cell_of, local, layers):
-            prompts = index[local[batch]]
-            rows = Rows(recording.prompts, prompts.to(self.model.device), start)
-            these = [cells[i] for i in cell_of[batch].tolist()]
+        layers = torch.tensor([cell.layer for cell in cells])
+        left = starts.numel()
+
+        def edits_of(cases: Tensor) -> dict[str, suffix.Edit]:
+            these = [cells[i] for i in cases.tolist()]
             among = {cell.layer for cell in these}
-            edits = {
-                site.hook_name: self._edit(sources[site.hook_name], site, these, recording)
-                for site in self.sites
-                if site.layer in among
-            }
-            logits = recording.logits(layers[batch], rows, self.read, edits).cpu()
+            here = [site for site in self.sites if site.layer in among]
+            return {site.hook_name: self._edit(sources[site.hook_name], site, these, recording) for site in here}
+
+        calls = replay(
+            recording, self.read, layers, starts, edits_of, folds=self.recordings.folds, max_tokens=self.max_tokens
+        )
+        for cases, prompts, logits in calls:
             clean = None if self.clean is None else self.clean[prompts]
-            got = self.metric(logits, self.pairs.answers.take(prompts), clean)
-            values[cell_of[batch], prompts] = got.to(values)
-            bar.update(len(batch))
+            values[cases, prompts] = self.metric(logits, self.pairs.answers.take(prompts), clean).to(values)
+            self.rows_run += len(cases)
+            left -= len(cases)
+            bar.update(len(cases))
+        self.rows_identical += left
+        bar.update(left)
 
     def _starts(self, recording: Recording, sources: dict[str, Tensor], cells: Sequence[Cell]) -> Tensor:
         """`[cell batch]` first position that patching the cell changes; n_pos where it changes nothing."""
@@ -193,8 +190,6 @@ class CellRunner:
             for i in chosen:
                 touched = self._touched(changed, cells[i], index)
                 starts[i] = torch.where(touched.any(-1), touched.int().argmax(-1), n_pos)
-        if not self.folds:  # all prompts are run together, or none
-            starts[(starts < n_pos).any(-1)] = 0
         return starts
 
     def _changed(self, base: Tensor, source: Tensor, site: Site) -> Tensor:
@@ -207,18 +202,6 @@ class CellRunner:
     def _touched(self, changed: Tensor, cell: Cell, index: Tensor) -> Tensor:
         """`[batch pos]` bool: where patching the cell changes something."""
         return changed[:, :, cell.head or 0] & self.spots[cell.spot].mask[index]
-
-    def _batches(self, starts: Tensor, cell_of: Tensor, local: Tensor, layers: Tensor) -> list[tuple[Tensor, int]]:
-        """Rows of each call, as indices into the arguments `[row]`, by layer; and the position that it begins at."""
-        if not self.folds:
-            return [((cell_of == cell).nonzero().flatten(), 0) for cell in cell_of.unique()]
-        if not self.model.levers.prefix:
-            starts = torch.zeros_like(starts)
-        assert self.read.positions is not None
-        starts = torch.minimum(starts, self.read.positions.amin(1).cpu()[local])
-        assert self.max_tokens is not None
-        made = schedule.batches(starts, self.prompts.n_pos, self.max_tokens, layers)
-        return [(batch, int(starts[batch].min())) for batch in made]
 
     def _edit(self, source: Tensor, site: Site, cells: Sequence[Cell], recording: Recording) -> suffix.Edit:
         """The function that puts the cells of a site's layer in place; `cells` are those of all rows, by layer."""
