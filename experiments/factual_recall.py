@@ -33,8 +33,10 @@ SITES = {"resid_post": "residual stream", "mlp_out": "MLP", "attn_out": "attenti
 class Config(Settings):
     """Settings of the run; the same settings always have the same run folder."""
 
-    n: int = 24
+    n: int = 16
     """Facts, out of those that the model knows; fewer where it knows fewer."""
+    every: int = 2
+    """Layers from one traced layer to the next."""
     draws: int = 2
     """Draws of the noise."""
     noise: float = 3.0
@@ -67,7 +69,8 @@ def main(config: Config) -> Path:
             traces[name] = part(
                 f"trace-{site}", TraceResult,
                 lambda site=site: mi.patching.trace(
-                    model, facts, site=site, noise=config.noise, draws=config.draws, seed=config.seed
+                    model, facts, site=site, noise=config.noise, draws=config.draws, seed=config.seed,
+                    layers=range(0, model.n_layers, config.every),
                 ),
             )  # fmt: skip
             run.log(traces[name].summary())
@@ -100,7 +103,7 @@ def values(lens: "LensResult", traces: "Mapping[str, TraceResult]") -> dict[str,
 
 def settings(config: Config, facts: "PromptPairs") -> dict[str, Any]:
     """The settings that expected values belong to."""
-    names = ("n", "draws", "noise", "seed")
+    names = ("n", "every", "draws", "noise", "seed")
     return {name: getattr(config, name) for name in names} | {"bos": bool(facts.clean.bos)}
 
 

@@ -246,25 +246,27 @@ class Attention(OnModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Steer(OnModel):
-    """Steer with the mean difference of two sets of texts: a strength sweep with a random control, and generations."""
+    """Steer with the mean difference of two sets of texts: strengths beside random directions, and continuations."""
 
     positive: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")]
     """Texts to steer towards; or one file with a text a line."""
     negative: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")]
     """Texts to steer away from; or one file with a text a line."""
     layer: int
-    """Layer whose residual stream (after the block) is read and steered; negative counts from the end."""
+    """Layer whose residual stream (behind the block) is read and steered; negative counts from the end."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")]
-    """Texts to steer; their next-token distribution is measured, and they are continued."""
-    answer: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """A token whose log-probability is followed; without it only the KL to the unsteered model is."""
-    wrong: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """A token to compare --answer with: the logit difference is followed."""
-    strengths: str = "-2,-1,-0.5,0,0.5,1,2"
-    """Factors of the vector; write negative ones as --strengths=-2,0,2."""
+    """Texts to steer: their next token is measured, and they are continued; or one file with a text a line."""
+    answer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOKEN")]
+    """Tokens that show the behaviour, with their leading spaces: " good" " great"."""
+    wrong: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOKEN")]
+    """Tokens that show the opposite: " bad" " awful"."""
+    strengths: str = "-2,-1,1,2"
+    """Factors of the vector; write negative ones as --strengths=-2,2. 0 is always among them."""
+    positions: Literal["last", "all"] = "last"
+    """Tokens of the contrast texts that the vector is the mean over."""
     max_new_tokens: int = 24
     """Tokens to generate at each strength; 0 for none."""
-    draws: int = 5
+    draws: int = 19
     """Random directions of the same norm, as the control."""
     seed: int = 0
     """Seed of the control."""
@@ -276,9 +278,9 @@ class Steer(OnModel):
     def check_flags(self) -> None:
         """Raise UserError for wrong flags or outputs that cannot be written."""
         super().check_flags()
-        for name in ("positive", "negative", "prompt"):
-            require(all(getattr(self, name)) and bool(getattr(self, name)), f"--{name} needs at least one text")
-        require(self.wrong is None or self.answer is not None, "--wrong goes with --answer")
+        for name in ("positive", "negative", "prompt", "answer", "wrong"):
+            texts = getattr(self, name)
+            require(bool(texts) and all(texts), f"--{name} needs at least one text, none of them empty")
         parse_strengths(self.strengths)
         require(self.max_new_tokens >= 0, f"--max-new-tokens must not be negative; found {self.max_new_tokens}")
         require(self.draws >= 1, f"--draws must be at least 1; found {self.draws}")
