@@ -98,7 +98,7 @@ def test_help_does_not_import_torch():
     environment = {**os.environ, "PYTHONPATH": str(Path(mi.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: mechinterp [-h] {check,sites,models,patch,report}") == 2
+    assert done.stdout.count("usage: mechinterp [-h] {check,sites,models,patch,lens,") == 2
 
 
 def test_no_subcommand_prints_help(capsys):

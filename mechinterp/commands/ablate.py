@@ -23,9 +23,10 @@ def run(args: Ablate, command: str) -> int:
     pairs = load_pairs(model, args)
     text = None if args.text is None else blocks(model, args.text, TEXT_LENGTH, TEXT_BLOCKS, per_document=1)
     heads, neurons = ([(layer, at or 0) for layer, at in parse_heads(one) or []] for one in (args.heads, args.neurons))
+    without_roles = "position" if args.value == "resample" else "all"
     result = knock_out(
         model, pairs, heads, parse_layers(args.mlps, "--mlps") or [], neurons, parse_edges(args.edges) or [],
-        args.value, args.positions, args.over, args.by or ("role" if pairs.roles else "all"),
+        args.value, args.positions, args.over, args.by or ("role" if pairs.roles else without_roles),
         text=text, draws=args.draws, seed=args.seed, force=args.force,
     )  # fmt: skip
     print(result.summary())

@@ -6,10 +6,10 @@ from mechinterp.cli.analyses import Heads
 from mechinterp.commands.inputs import load_model
 from mechinterp.commands.output import frame_text, manifest, save
 from mechinterp.files import write_text
-from mechinterp.heads import PatternResult, patterns
+from mechinterp.heads import PatternResult, knock_out_top, patterns
 from mechinterp.reporting import Report
 from mechinterp.reporting.page import render
-from mechinterp.reporting.sections.heads import pattern_section
+from mechinterp.reporting.sections.heads import causal_section, pattern_section
 from mechinterp.results import write_json
 from mechinterp.token_file import read_token_file
 
@@ -27,6 +27,12 @@ def run(args: Heads, command: str) -> int:
     print(result.summary())
     print(frame_text(_best(result)))
     made = result.to_json()
+    sections = [pattern_section(result)]
+    if args.causal:
+        causal = knock_out_top(model, result, args.causal, seed=args.seed)
+        print(causal.summary())
+        made["causal"] = causal.to_json()
+        sections.append(causal_section(causal))
     if args.json:
         save(args.json, made | {"command": command}, write_json)
     if args.html:
@@ -36,7 +42,7 @@ def run(args: Heads, command: str) -> int:
             answer=result.summary(),
             header=f"{model.header()} · n = {about['n_prompts']}",
             command=command,
-            sections=(pattern_section(result),),
+            sections=tuple(sections),
             caveats=(
                 "A pattern says where a head looks, not what it moves, nor that the model needs it: `--causal K` "
                 "knocks heads out.",
