@@ -22,6 +22,8 @@ AXES = {
     "component": "what adds up to the residual stream: embedding, heads, MLPs, biases",
     "draw": "repetitions of a random control",
     "strength": "factors that a steering vector is multiplied by",
+    "kind": "kinds of attention patterns",
+    "token": "tokens of a sample of the vocabulary",
     "rank": "places in an ordering, best first",
     "source": "nodes that write into the residual stream",
     "destination": "nodes that read from the residual stream",

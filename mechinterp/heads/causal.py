@@ -1,42 +1,28 @@
 """The causal check beside attention scores: knock the top heads out, and see what the repetition is then worth.
 
 1. Prompts are repeated random tokens, drawn anew, so that heads are not tested on what they were chosen by.
-2. The loss on the last copy, of its tokens from the second on (the first cannot be foreseen): as the model is; with the
-   z of the `k` top heads set to its mean over the other prompts at the same position (or to zero), everywhere at once;
-   and with `k` random heads of the same layers, never the top ones, in many draws.
+2. The loss on the last copy (knock_outs.py): as the model is; with the `k` top heads knocked out together; and with `k`
+   random heads of the same layers, never the top ones, in many draws.
 3. The interval is of the difference between top heads and the mean of the draws, over prompts; p is the rank of the top
    heads among the draws.
 4. Heads that only attend alike do nothing: each top head is also knocked out alone. It passes if the loss grows, and by
    more than for any head of its layer that is not among the top.
-
-Runs begin at the first layer that is changed (hooked/suffix.py).
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
-from math import comb, prod
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
-from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.evaluation import chunks, provenance
+from mechinterp.evaluation import provenance
+from mechinterp.heads.knock_outs import Head, Value, losses_without, others_of, random_sets
 from mechinterp.heads.patterns import PatternResult
-from mechinterp.heads.reading import read
 from mechinterp.heads.tokens import as_prompts, default_period, repeated_tokens
-from mechinterp.hooked import suffix
-from mechinterp.hooked.forward import Edit
-from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.model import HookedModel, Input
-from mechinterp.hooked.prompts import Prompts
-from mechinterp.hooked.sites import Site
-from mechinterp.hooked.suffix import Read
 from mechinterp.results import Result, plain
 from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_difference
 
@@ -44,8 +30,6 @@ from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_differ
 ANOTHER = 1_000_003
 # Nats: a smaller increase of the loss is rounding.
 NOTHING = 1e-4
-Head = tuple[int, int]
-Value = Literal["mean", "zero"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,15 +121,15 @@ def knock_out_top(
     if value not in get_args(Value):
         raise UserError(f"unknown value {value!r}; valid: {', '.join(get_args(Value))}")
     top = _top(model, heads, k, kind)
-    sets = _random_sets(model, top, draws, seed)
+    sets = random_sets(model, top, draws, seed)
     if prompts is None:
         known = heads.about["period"] if isinstance(heads, PatternResult) else None
         prompts = repeated_tokens(model, n, period or known or default_period(model), seed=seed + ANOTHER)
     prompts, period = as_prompts(model, prompts, period)
     if period is None:
         raise UserError("given sequences need their period: the loss is that of the last `period` tokens")
-    beside = [(layer, head) for layer in sorted({layer for layer, _ in top}) for head in _others(model, top, layer)]
-    losses = _losses(model, prompts, period, [[], top, *sets, *([head] for head in [*top, *beside])], value)
+    beside = [(layer, head) for layer in sorted({layer for layer, _ in top}) for head in others_of(model, top, layer)]
+    losses = losses_without(model, prompts, period, [[], top, *sets, *([head] for head in [*top, *beside])], value)
     base, whole, drawn, alone = np.split(losses, np.cumsum([1, 1, len(sets)]))
     clusters = None if prompts.template is None else prompts.template.cpu().numpy()
     data = _together(base[0], whole[0], drawn).merge(_alone(alone - base, top, beside, clusters, seed))
@@ -182,99 +166,6 @@ def _top(model: HookedModel, heads: PatternResult | Sequence[Head], k: int, kind
             f"{model.n_heads - 1}; found {top or 'none'}"
         )
     return top
-
-
-def _others(model: HookedModel, top: Sequence[Head], layer: int) -> list[int]:
-    """Heads of a layer that are not among the top."""
-    return [head for head in range(model.n_heads) if (layer, head) not in top]
-
-
-def _random_sets(model: HookedModel, top: Sequence[Head], draws: int, seed: int) -> list[list[Head]]:
-    """Different sets of as many heads of each layer as the top has there, never a top one; all, if `draws` allows."""
-    if draws < 1:
-        raise UserError(f"draws must be at least 1; found {draws}")
-    counts = {layer: sum(layer == at for at, _ in top) for layer in sorted({layer for layer, _ in top})}
-    others = {layer: _others(model, top, layer) for layer in counts}
-    short = [layer for layer, count in counts.items() if len(others[layer]) < count]
-    if short:
-        raise UserError(
-            f"layer {short[0]} has {counts[short[0]]} of the top heads and only {len(others[short[0]])} others to draw "
-            "from; choose a smaller k"
-        )
-    if prod(comb(len(others[layer]), count) for layer, count in counts.items()) <= draws:
-        by_layer = [[[(at, h) for h in some] for some in combinations(others[at], n)] for at, n in counts.items()]
-        return [[head for part in parts for head in part] for parts in product(*by_layer)]
-    draw, found = random.Random(seed), {}
-    while len(found) < draws:
-        chosen = [(layer, h) for layer, count in counts.items() for h in sorted(draw.sample(others[layer], count))]
-        found[tuple(chosen)] = chosen
-    return list(found.values())
-
-
-def _losses(
-    model: HookedModel, prompts: Prompts, period: int, conditions: Sequence[Sequence[Head]], value: Value
-) -> np.ndarray:
-    """`[condition prompt pos]` losses of the last copy from its second token on; the heads of a condition are out."""
-    layers = sorted({layer for heads in conditions for layer, _ in heads})
-    put = _values(model, prompts, layers, value)
-    at = torch.arange(prompts.n_pos - period, prompts.n_pos - 1).expand(len(prompts), -1)
-    losses = torch.zeros(len(conditions), len(prompts), period - 1, dtype=torch.float64)
-    for index in chunks(model, len(prompts), prompts.n_pos, read_vocab=True, every_position=True):
-        recording = suffix.record(model, prompts, index=index)
-        rows = Rows(recording.prompts, recording.index)
-        targets = recording.prompts.tokens[index][:, prompts.n_pos - period + 1 :]
-        for i, heads in enumerate(conditions):
-            first = min((layer for layer, _ in heads), default=model.n_layers - 1)
-            logits = recording.logits(first, rows, Read(at), _edits(heads, put))
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-            losses[i, index] = loss.reshape(targets.shape).double().cpu()
-    return losses.numpy()
-
-
-def _edits(heads: Sequence[Head], put: dict[int, Tensor]) -> dict[str, Edit]:
-    """What sets the z of heads to `put` `[prompt pos head d_head]` of their layer, by hook name."""
-
-    def edit(layer: int) -> Edit:
-        own = [head for at, head in heads if at == layer]
-
-        def knock_out(z: Tensor, rows: Rows) -> Tensor:
-            new = z.clone()
-            new[:, :, own] = rows.of(put[layer], 1).to(z)[:, :, own]
-            return new
-
-        return knock_out
-
-    return {Site("z", layer).hook_name: edit(layer) for layer in {layer for layer, _ in heads}}
-
-
-def _values(model: HookedModel, prompts: Prompts, layers: Sequence[int], value: Value) -> dict[int, Tensor]:
-    """By layer, `[prompt pos head d_head]`: what z is set to."""
-    z = torch.zeros(len(layers), len(prompts), prompts.n_pos, model.n_heads, model.d_head)
-    if value == "zero":
-        return dict(zip(layers, z, strict=True))
-    if len(prompts) < 2:
-        raise UserError("one prompt alone has no mean over other prompts; valid: more prompts, or value='zero'")
-    for index in chunks(model, len(prompts), prompts.n_pos, read_vocab=False):
-
-        def keep(i: int, activation: Tensor, index: Tensor = index) -> None:
-            z[i, index] = activation.float().cpu()
-
-        read(model, prompts.take(index), [Site("z", layer) for layer in layers], keep, in_force=model.in_force)
-    return {layer: mean_of_others(each, prompts.real.cpu()) for layer, each in zip(layers, z, strict=True)}
-
-
-def mean_of_others(z: Tensor, real: Tensor) -> Tensor:
-    """`[prompt pos head d_head]` mean over the other prompts at each position that holds a token there; where none
-    does (the prefix of the longest prompt), over all their positions.
-
-    Args:
-        z: `[prompt pos head d_head]`.
-        real: `[prompt pos]` where there are tokens.
-    """
-    z = z * real[..., None, None]
-    total, count = z.sum(0) - z, (real.sum(0) - real.long())[..., None, None]
-    pooled = total.sum(1, keepdim=True) / count.sum(1, keepdim=True)
-    return torch.where(count > 0, total / count.clamp(min=1), pooled)
 
 
 def _together(base: np.ndarray, top: np.ndarray, drawn: np.ndarray) -> xr.Dataset:

@@ -9,6 +9,8 @@
    to them (Wang et al. 2023), or the smallest (copy suppression, McDougall et al. 2023), over a random sample of
    tokens, with an interval over them. Ties count against. Null: the logit of another token of the sample in place of
    its own, which is as high in a head that raises the same tokens whatever it reads.
+
+Memory: four matrices of the embedding's size, and `n_tokens` rows of logits.
 """
 
 from collections.abc import Sequence

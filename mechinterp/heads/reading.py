@@ -28,13 +28,16 @@ def read(
     Args:
         model: the hooked model.
         prompts: what to run, in one call.
-        sites: resolved, in the order of the forward pass.
+        sites: in the order of the forward pass.
         use: gets the index into `sites` and the activation, which it must not change.
         edits: hook name -> function of (activation, rows), before anything is read.
         in_force: interventions that hold in this run, before the edits. All of the model is then run, so that each
             of them fires.
+
+    Raises:
+        UserError: a site that the model does not have.
     """
-    prompts = prompts.to(model.device)
+    prompts, sites = prompts.to(model.device), [model.resolve(site) for site in sites]
 
     def reader(i: int) -> Edit:
         def look(activation: Tensor, rows: Rows) -> Tensor:

@@ -33,15 +33,15 @@ ORIGIN = ("model", "weights_hash", "d_model", "n_layers", "text", "documents", "
 class TunedLensConfig:
     """How a tuned lens is trained. The defaults take about two minutes for SmolLM2-135M on two cores."""
 
-    steps: int = 80
+    steps: int = 100
     """optimizer steps, after the least-squares start"""
     blocks_per_step: int = 2
     """blocks of text in the forward pass of a step"""
     positions: int = 128
     """positions of those blocks that a step trains on; they are the same for all layers"""
-    columns: int = 4096
+    columns: int = 2048
     """tokens of the vocabulary that a step estimates the KL from: half the likeliest, half drawn from the rest"""
-    start_blocks: int = 128
+    start_blocks: int = 160
     """blocks of text whose residual streams the least-squares start is fitted to"""
     ridge: float = 1e-3
     """ridge of the start, in units of each coordinate's variance"""

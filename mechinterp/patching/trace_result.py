@@ -52,6 +52,7 @@ class TraceResult(Result):
             "coords": {dim: self.data[dim].values.tolist() for dim in ("layer", self.axis)},
             **{name: plain(self.data[name]) for name in grids},
             "per_prompt": plain(self.per_prompt),
+            "control_prompts": self.about["control"],
         }
 
     def summary(self) -> str:

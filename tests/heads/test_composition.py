@@ -53,12 +53,19 @@ def test_folded_weights_compose_the_same(family, variant):
 
 
 @pytest.mark.parametrize(
-    ("d", "first", "second"),
-    [(24, [1.0] * 6, [1.0] * 6), (24, [5, 2, 1, 0.3], [3, 1, 0.1, 0.1]), (40, [1.0], [1.0]), (40, [4, 1], [1] * 10)],
-    ids=["flat", "steep", "rank one", "unequal"],
+    ("d", "first", "second", "near"),
+    [
+        (96, (1 / torch.arange(1.0, 17)).tolist(), torch.linspace(3, 0.2, 16).tolist(), 0.03),
+        (24, [1.0] * 6, [1.0] * 6, 0.03),
+        (40, [1.0], [1.0], 0.03),
+        (40, [4, 1], [1] * 10, 0.03),
+        (24, [5, 2, 1, 0.3], [3, 1, 0.1, 0.1], 0.1),
+    ],
+    ids=["heads", "flat", "rank one", "unequal", "steep"],
 )
-def test_the_null_is_what_sampling_finds(d, first, second):
-    """Two matrices of these singular values in random directions, 20,000 times."""
+def test_the_null_is_what_sampling_finds(d, first, second, near):
+    """Two matrices of these singular values in random directions, 20,000 times. The moments of the square are exact;
+    those of its root are a gamma variable's, which is near: to a tenth for spectra far steeper than those of heads."""
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.tensor(values).double() for values in (first, second))
     frames = torch.linalg.qr(torch.randn(20_000, d, len(a), generator=draw, dtype=torch.float64))[0]
@@ -67,9 +74,10 @@ def test_the_null_is_what_sampling_finds(d, first, second):
     sampled = product.flatten(1).norm(dim=1) / (a.norm() * b.norm())
     spreads = [np.array([float(x.pow(4).sum() / x.square().sum() ** 2)]) for x in (a, b)]
     mean, sd = random_composition(*spreads, d)
+    assert float(mean[0] ** 2 + sd[0] ** 2) == pytest.approx(1 / d, rel=1e-6)
     assert float((sampled**2).mean()) == pytest.approx(1 / d, rel=0.02)
-    assert float(mean[0]) == pytest.approx(float(sampled.mean()), rel=0.015)
-    assert float(sd[0]) == pytest.approx(float(sampled.std()), rel=0.06)
+    assert float(mean[0]) == pytest.approx(float(sampled.mean()), abs=0.05 * float(sampled.std()))
+    assert float(sd[0]) == pytest.approx(float(sampled.std()), rel=near)
 
 
 def test_random_weights_compose_as_the_null_says():
@@ -137,6 +145,7 @@ import mechinterp as mi
 from mechinterp.heads import composition
 model = mi.load("smollm2-135m")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model([[1, 2]])  # the weights are read from the disk when they are first used
 before = peak()
 results = [composition(model, kind) for kind in "qkv"]
 assert all(result.data["composition"].shape == (270, 270) for result in results)
@@ -150,4 +159,4 @@ def test_memory_on_smollm2():
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     whole, more, stated = map(int, done.stdout.split()[-3:])
     assert whole < 3e9
-    assert stated < 0.1e9 and more < 1e9
+    assert stated < 0.1e9 and more < 0.5e9

@@ -370,6 +370,7 @@ def test_the_result(tmp_path):
     assert list(top.columns[:3]) == ["layer", "role", "indirect"] and len(top) == 3
     assert abs(top["indirect"]).is_monotonic_decreasing
     plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert plain["control_prompts"].startswith("the same states of the other side")
     assert plain["dims"] == ["layer", "role"] and len(plain["per_prompt"]) == 3
     assert None in [value for row in plain["per_prompt"][0] for value in row], "a subject of one token has no first"
     result.save(tmp_path / "trace.safetensors")
