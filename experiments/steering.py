@@ -124,7 +124,7 @@ def values(result: "SteeringResult", layer: int) -> dict[str, float]:
     for strength in result.data["strength"].values:
         at = result.data.sel(strength=strength)
         made |= {
-            f"strength {strength:g}: logit difference": float(at["metric"]),
+            f"strength {strength:g}: logit difference": float(at["mean"]),
             f"strength {strength:g}: KL": float(at["kl"]),
         }
     return made

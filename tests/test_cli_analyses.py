@@ -147,8 +147,16 @@ def test_ablate_other_things(capsys, tmp_path):
     assert read(out)["after"]["logit_diff"] < 1
     run(capsys, *ablate, "--heads", "0.2", "--value", "zero", "--positions", "B1")
     assert read(out)["after"]["prob"] < read(out)["before"]["prob"]
-    run(capsys, *ablate, "--heads", "1.2,0.2", "--value", "resample", "--over", "corrupted")
-    assert read(out)["over"] == "corrupted"
+    fails(
+        capsys, *ablate, "--heads", "1.2", "--value", "resample", says="no other prompt has the length of prompt 0 and"
+    )
+    pairs = tmp_path / "p.jsonl"
+    names = ("clean", "corrupted", "answer", "wrong")
+    lines = [("x a b y c d z a", "x c b y a d z a", "b", "d"), ("x f g y h i z f", "x h g y f i z f", "g", "i")]
+    pairs.write_text("\n".join(json.dumps(dict(zip(names, one, strict=True))) for one in lines))
+    resample = ["--heads", "1.2", "--value", "resample", "--over", "corrupted", "--draws", "0"]
+    run(capsys, "ablate", PLANTED, "--pairs", str(pairs), *resample, "--json", str(out))
+    assert read(out)["over"] == "corrupted" and read(out)["after"]["prob"] < 0.5 < read(out)["before"]["prob"]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,7 @@ def test_ablate_refuses(capsys, flags, says):
 def test_attention(capsys, tmp_path):
     page, out = tmp_path / "o.html", tmp_path / "o.json"
     argv = ["attention", PLANTED, "--prompt", "a b c a", "--heads", "0,1.2", "--html", str(page), "--json", str(out)]
-    assert "L0H0 at" in run(capsys, *argv)
+    assert "“a” (position 3) in L0H0" in run(capsys, *argv)
     found = read(out)
     assert found["heads"] == ["L0H0", "L0H1", "L0H2", "L0H3", "L1H2"] and found["tokens"] == ["a", "b", "c", "a"]
     assert found["patterns"][-1][-1][1] > 0.8, "the induction head looks at what followed the first a"
@@ -184,11 +192,11 @@ def test_attention(capsys, tmp_path):
 def test_steer(capsys, tmp_path):
     out = tmp_path / "o.json"
     argv = ["steer", PLANTED, "--positive", "a b a", "c b c", "--negative", "a d a", "c d c", "--layer", "1"]
-    argv += ["--prompt", "x y z", "f g h", "--answer", "b", "--wrong", "d", "--strengths=-1,1", "--draws", "3"]
+    argv += ["--prompt", "x y z", "f g h", "--answer", "b", "--wrong", "d", "--strengths=-2,2", "--draws", "3"]
     text = run(capsys, *argv, "--max-new-tokens", "2", "--json", str(out), "--html", str(tmp_path / "o.html"))
     found = read(out)
-    assert found["strengths"] == [-1, 0, 1] and found["metric"][0] < found["metric"][1] < found["metric"][2]
-    assert found["generations"]["1"][0].split()[0] == "b" and found["generations"]["-1"][0].split()[0] == "d"
+    assert found["strengths"] == [-2, 0, 2] and found["mean"][0] < found["mean"][1] < found["mean"][2]
+    assert found["generations"]["2"][0].split()[0] == "b" and found["generations"]["-2"][0].split()[0] == "d"
     assert "random directions" in text
     same = ["steer", PLANTED, "--positive", "a b", "--negative", "a b", "--layer", "1", "--prompt", "x"]
     fails(capsys, *same, "--answer", "b", "--wrong", "d", says="nothing to steer with")

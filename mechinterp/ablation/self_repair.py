@@ -198,21 +198,21 @@ def _decomposed(
 ) -> tuple[np.ndarray, DirectEffects]:
     """`[term prompt]` with these heads knocked out, and the direct effects then, through the clean scale."""
     with under(model, bound):
-        frozen, own = direct_effects(model, pairs, scale=clean.scale), direct_effects(model, pairs)
+        frozen = direct_effects(model, pairs, scale=clean.scale)
     change = _double(frozen.heads) - _double(clean.heads)
     ablated, against = (np.zeros(change.shape[:2], dtype=bool) for _ in range(2))
     for mask, chosen in ((ablated, components.heads), (against, negative - set(components.heads))):
         for head in chosen:
             mask[head] = True
     ends = [_double(one.embed) + _double(one.bias) for one in (frozen, clean)]
-    caps = [_double(one.output) - _double(one.total) for one in (own, clean)]
+    caps = [_double(one.output) - _double(one.own_total) for one in (frozen, clean)]
     capped = float(getattr(model.bridge.cfg, "output_logits_soft_cap", 0) or 0) > 0
     terms = (
         change[ablated].sum(0),
         change[~ablated & ~against].sum(0),
         change[against].sum(0),
         (_double(frozen.mlps) - _double(clean.mlps)).sum(0),
-        _double(own.total) - _double(frozen.total),
+        _double(frozen.own_total) - _double(frozen.total),
         ends[0] - ends[1],
         caps[0] - caps[1] if capped else np.zeros(len(pairs)),
     )

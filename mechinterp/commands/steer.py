@@ -15,7 +15,7 @@ from mechinterp.reporting.page import render
 from mechinterp.reporting.sections.steering import steering_section
 from mechinterp.results import write_json
 
-COLUMNS = ["strength", "metric", "ci_low", "ci_high", "control_low", "control_high", "passes", "kl", "kl_control"]
+COLUMNS = ["strength", "mean", "ci_low", "ci_high", "control_low", "control_high", "passes", "kl", "kl_control"]
 
 
 def run(args: Steer, command: str) -> int:

@@ -43,6 +43,8 @@ class DirectEffects:
         embed: `[prompt]` token and position embeddings.
         bias: `[prompt]` output biases of attention and MLPs, of the norms, and of the unembedding.
         total: `[prompt]` their sum: the logit difference before a final soft-cap.
+        own_total: `[prompt]` the same sum through the final norm's scale of this very run; `total` unless a scale was
+            given.
         output: `[prompt]` the model's own logit difference.
         scale: `[prompt target one]` the final norm's divisor in this run.
         sources: `[layer head key prompt]` the part of each head's effect that it moved from each position (padding
@@ -55,6 +57,7 @@ class DirectEffects:
     embed: Tensor
     bias: Tensor
     total: Tensor
+    own_total: Tensor
     output: Tensor
     scale: Tensor
     sources: Tensor | None = field(default=None, repr=False)
@@ -131,10 +134,12 @@ def direct_effects(
     parts = []
     for index in chunks(model, len(prompts), prompts.n_pos, read_vocab=True, every_position=True):
         run = _run(model, prompts.take(index), sites, pairs.answers.pos[index])
-        own = _effects(model, run, asked.take(index), run.scale if scale is None else scale[index].to(run.scale))
+        own = _effects(model, run, asked.take(index), run.scale)
         output = _asked_of(run.logits, answers.take(index), against)
-        if scale is None:
-            _require_sum(model, own.total, output)
+        _require_sum(model, own.total, output)
+        if scale is not None:
+            given = _effects(model, run, asked.take(index), scale[index].to(run.scale))
+            own = replace(given, own_total=own.total)
         parts.append(replace(own, output=output))
     return _joined(parts)
 
@@ -184,7 +189,7 @@ def _run(model: HookedModel, prompts: Prompts, sites: Sequence[Site], pos: Tenso
 
 
 def _effects(model: HookedModel, run: _Run, asked: Directions, scale: Tensor) -> DirectEffects:
-    """Of one run, with the final norm's divisor given; `output` is not filled in."""
+    """Of one run, with the final norm's divisor given; `own_total` and `output` are not filled in."""
     norm = weights.final_norm(model)
     back = norm.pull_back(asked.vector, scale)
     bias = asked.bias.sum(-1) + (asked.vector @ norm.bias).sum(-1)
@@ -211,7 +216,7 @@ def _effects(model: HookedModel, run: _Run, asked: Directions, scale: Tensor) ->
     by_head, by_mlp = torch.stack(heads), torch.stack(mlps)
     total = embed.double() + bias.double() + by_head.double().sum((0, 1)) + by_mlp.double().sum(0)
     return DirectEffects(
-        by_head, by_mlp, embed, bias, total, total, run.scale,
+        by_head, by_mlp, embed, bias, total, total, total, run.scale,
         torch.stack(sources) if sources else None, torch.stack(neurons) if neurons else None,
     )  # fmt: skip
 
@@ -247,7 +252,7 @@ def _asked_of(logits: Tensor, answers: Answers, against: Against) -> Tensor:
 
 
 def _require_sum(model: HookedModel, total: Tensor, output: Tensor) -> None:
-    """The parts must add up to the logits, unless a soft-cap stands between."""
+    """The parts must add up to the logits, unless a soft-cap stands between. Raises UserError."""
     if float(getattr(model.bridge.cfg, "output_logits_soft_cap", 0) or 0) > 0:
         return
     gap = float((total - output).abs().max()) / max(1.0, float(output.abs().max()))

@@ -77,7 +77,8 @@ def logit_lens(
     else:
         prompts = model.to_prompts(text)
         tokens = None if answer is None else answer_tokens(model, answer, len(prompts))
-        sides, reading, clusters = [prompts], of_prompts(prompts, tokens, positions), None
+        clusters = None if prompts.template is None else prompts.template.cpu().numpy()
+        sides, reading = [prompts], of_prompts(prompts, tokens, positions)
         named = None if tokens is None else model.token_strings(tokens)
         about = provenance(model) | {"answers": named, "n_prompts": len(prompts), "bos": bool(prompts.bos)}
     _require_context(model, sides[0])
@@ -88,7 +89,7 @@ def logit_lens(
         about
         | {
             "lens": "logit" if lens is None else "tuned",
-            "tuned_lens": None if lens is None else lens.origin,
+            "tuned_lens": None if lens is None else lens.about,
             "positions": positions if isinstance(positions, str | int) else list(positions),
             "pos_labels": _pos_labels(model, sides[0], reading) if reading.axis == "pos" else None,
             "tokens": model.token_strings(sides[0].tokens[0]) if len(sides[0]) == 1 else None,
@@ -188,9 +189,9 @@ def _settled(first: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class OverPrompts:
-    """Means, intervals and controls `[layer spot]` by name; which quantity `passes` is about, its threshold `[spot]`."""
+    """Means, intervals and controls `[layer spot]` by name; what `passes` is about, and its threshold `[spot]`."""
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
     leading: str | None
     threshold: np.ndarray
 

@@ -25,7 +25,7 @@ from mechinterp.lens.tuned_lens import TunedLens
 BYTES = {"cpu": 64_000_000, "cuda": 1_000_000_000}  # of logits that are held at once, of one side
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Streams:
     """Residual streams of one run.
 
@@ -75,8 +75,7 @@ class Streams:
         rows = normed.flatten(0, -2)
         if self._room is None or len(self._room) < len(rows):
             # Memory that is asked for anew each time costs more than the passes over it (measured on SmolLM2-135M).
-            object.__setattr__(self, "_room", rows.new_empty(len(rows), model.d_vocab))
-        assert self._room is not None
+            self._room = rows.new_empty(len(rows), model.d_vocab)
         logits = torch.addmm(bias, rows, matrix, out=self._room[: len(rows)])
         return suffix._soft_cap(model, logits).float().unflatten(0, normed.shape[:-1])
 

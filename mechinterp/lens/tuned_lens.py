@@ -88,6 +88,11 @@ class TunedLens:
     origin: Mapping[str, Any]
     _fits: "weakref.WeakSet[HookedModel]" = field(default_factory=weakref.WeakSet, repr=False)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """Where the lens comes from, in short, for the results that it is used in."""
+        return {name: self.origin[name] for name in ORIGIN if name not in ("documents", "losses")} | asdict(self.config)
+
     def translate(self, layer: int, resid: Tensor) -> Tensor:
         """`[… d_model]` of a row as the last row would have it."""
         if layer == len(self.weight):
@@ -143,7 +148,8 @@ class TunedLens:
         if note["sha256"] != found or set(tensors) != {"weight", "bias", "mean_output"}:
             raise UserError(f"{folder / PARAMETERS} is not the file that {CONFIG} beside it was written for")
         config = TunedLensConfig.of(note["training"])
-        made = cls(**tensors, config=config, origin={name: note[name] for name in ORIGIN})
+        origin = {name: note[name] for name in ORIGIN}
+        made = cls(tensors["weight"], tensors["bias"], tensors["mean_output"], config, origin)
         made.require(model)
         return made
 

@@ -36,7 +36,7 @@ RELATIONS: dict[str, tuple[str, Mapping[str, str]]] = {
     "continent": (
         "The country of {} lies on the continent of",
         {
-            "Kenya": "Africa", "India": "Asia", "Poland": "Europe", "South Africa": "Africa", "Sierra Leone": "Africa",
+            "Kenya": "Africa", "India": "Asia", "Poland": "Europe", "Ivory Coast": "Africa", "Sierra Leone": "Africa",
             "Sri Lanka": "Asia", "South Korea": "Asia", "Czech Republic": "Europe",
         },
     ),

@@ -97,9 +97,10 @@ def by_role(task, values):
         first, last = (int(task.clean.roles[f"subject_{end}"][i]) for end in ("first", "last"))
         end = task.clean.n_pos - 1
         places = {
+            "subject_only": [first] if last == first else [],
             "subject_first": [first] if last > first else [],
             "subject_middle": range(first + 1, last),
-            "subject_last": [last],
+            "subject_last": [last] if last > first else [],
             "next": [last + 1],
             "further": range(last + 2, end),
             "last": [end],
@@ -191,7 +192,7 @@ def test_identities(family, few_controls):
         early = trace(of, task, site="resid_pre", layers=[0], draws=2, force=True, progress=False)
         single = (task.clean.roles["subject_first"] == task.clean.roles["subject_last"]).numpy()
         assert single.any() and not single.all()
-        np.testing.assert_allclose(early.per_prompt.sel(role="subject_last")[0, single], total[single], atol=1e-5)
+        np.testing.assert_allclose(early.per_prompt.sel(role="subject_only")[0, single], total[single], atol=1e-5)
         after = early.data["indirect"].sel(role=["next", "further", "last"])
         np.testing.assert_allclose(after, 0, atol=1e-5)  # no block has run: nothing moved there yet
 
@@ -337,14 +338,16 @@ def test_on_a_planted_model_the_trace_finds_the_way_of_the_answer():
     total = residual.total_effect["estimate"]
     assert total > 0.5
     effect = residual.data["indirect"]
-    assert float(effect.sel(layer=0, role="subject_last")) == pytest.approx(total, rel=0.05)
+    assert float(effect.sel(layer=0, role="subject_only")) == pytest.approx(total, rel=0.05)
     assert float(effect.sel(layer=1, role="last")) == pytest.approx(total, abs=1e-5)
-    assert float(abs(effect.sel(layer=1, role="subject_last"))) < 1e-6
+    assert float(abs(effect.sel(layer=1, role="subject_only"))) < 1e-6
     assert float(abs(effect.sel(role=["next", "further"])).max()) < 0.02
     passed = residual.data["passes"]
-    assert bool(passed.sel(layer=0, role="subject_last")) and bool(passed.sel(layer=1, role="last"))
+    assert bool(passed.sel(layer=0, role="subject_only")) and bool(passed.sel(layer=1, role="last"))
     assert int(passed.sum()) == 2
-    attention = trace(of, task, subject="B1", site="attn_out", window=1, draws=2, noise=6.0, progress=False).data["indirect"]
+    attention = trace(of, task, subject="B1", site="attn_out", window=1, draws=2, noise=6.0, progress=False).data[
+        "indirect"
+    ]
     assert float(attention.sel(layer=1, role="last")) == pytest.approx(total, rel=0.05)
 
 
@@ -358,7 +361,7 @@ def test_the_result(tmp_path):
     data, about = result.data, result.about
     assert data["indirect"].dims == ("layer", "role") and data["restored"].shape[2:] == (9, 3)
     assert list(data["role"].values) == [r for r in tracing.ROLES if r in data["role"].values]
-    assert data["n"].sel(role="subject_last") == 9 and data["n"].sel(role="subject_first") == 6
+    assert data["n"].sel(role="subject_only") == 3 and data["n"].sel(role="subject_first") == 6
     assert about["window"] == 1 and about["noise"] == 2.5 and about["draws"] == 3 and about["n_prompts"] == 9
     assert about["noise_std"] > 0 and about["metric"] == "prob" and about["site"] == "attn_out"
     share = float((data["clean"] - data["noised"].mean("draw")).mean())

@@ -15,9 +15,9 @@ def steering_section(result: SteeringResult, said: Mapping[float, str] | None = 
     data, metric = result.data, result.about["metric"]
     strengths = data["strength"].values
     random = "random directions, mean"
-    base = float(data["metric"].sel(strength=0.0))
+    base = float(data["mean"].sel(strength=0.0))
     ends = {"control_low": "smallest of the random", "control_high": "largest of the random"}
-    lines = {"vector": data["metric"].values, random: base + data["control"].values}
+    lines = {"vector": data["mean"].values, random: base + data["control"].values}
     lines |= {name: base + data[key].values for key, name in ends.items()}
     facts = {"n": result.about["n_prompts"], "random directions": result.about["draws"]}
     effect = curves(
