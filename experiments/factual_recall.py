@@ -97,7 +97,7 @@ def values(lens: "LensResult", traces: "Mapping[str, TraceResult]") -> dict[str,
         for role in ("subject_last", "last"):
             column = data.sel(role=role)
             made[f"{name}: largest at {role}"] = float(column.max())
-            made[f"{name}: layer of the largest at {role}"] = float(column["layer"][int(column.argmax())])
+            made[f"{name}: layer of the largest at {role}"] = float(column["layer"][int(column.values.argmax())])
     return made
 
 
@@ -116,7 +116,7 @@ def finding(
     parts = []
     for name, result in traces.items():
         column = result.data.sel(role="subject_last")
-        best = column.isel(layer=int(column["indirect"].argmax()))
+        best = column.isel(layer=int(column["indirect"].values.argmax()))
         low, high = float(best["ci_low"]), float(best["ci_high"])
         parts.append(f"{name} layer {int(best['layer'])} {float(best['indirect']):.2f} [{low:.2f}, {high:.2f}]")
     total = f"{first['estimate']:.2f} [{first['ci_low']:.2f}, {first['ci_high']:.2f}]"

@@ -45,7 +45,7 @@ class Config(Settings):
 
     layers: tuple[int, ...] = (6, 10, 14, 18, 22)
     """Layers to choose from (the residual stream behind them)."""
-    strengths: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
+    strengths: tuple[float, ...] = (-1.5, -1.0, -0.5, 0.5, 1.0, 1.5)
     """Factors of the vector."""
     draws: int = 19
     """Random directions of the control."""

@@ -2,8 +2,7 @@
 
 import plotly.graph_objects as go
 
-from mechinterp.lens.result import LensResult
-from mechinterp.lens.tuning import TunedLensResult
+from mechinterp.lens import LensResult, TunedLensResult
 from mechinterp.reporting.cells import visible
 from mechinterp.reporting.curves import curves
 from mechinterp.reporting.figures import heatmap
