@@ -135,7 +135,7 @@ def analyse(model: mi.HookedModel, task: "PromptPairs", run: "mi.reporting.Run",
     from mechinterp.ablation import Cumulative, KnockOut, ScanResult, SelfRepair
     from mechinterp.lens import DirectLogit
 
-    over = task.clean if config.over == "clean" else mi.tasks.ioi(model, config.n, config.seed, "new-names").corrupted
+    over = "clean" if config.over == "clean" else mi.tasks.ioi(model, config.n, config.seed, "new-names").corrupted
     how: dict[str, Any] = {"positions": "END", "over": over, "by": config.by, "seed": config.seed}
 
     def part(name: str, kind: Any, make: Any) -> Any:

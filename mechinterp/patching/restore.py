@@ -72,16 +72,24 @@ class Restorer:
         self.reference = logits if self.reference is None else self.reference
         return self._metric(logits, torch.arange(len(prompts)))
 
-    def run(self, cells: Cells, source: Prompts, label: str | None = None) -> tuple[Tensor, Tensor]:
-        """The metric `[draw prompt]` of the noised runs, and `[draw cell prompt]` with each cell put back.
+    def noised(self) -> Tensor:
+        """`[draw prompt]` metric of the noised runs."""
+        made = torch.empty(len(self.noises), len(self.pairs))
+        for index in self._parts(0):
+            for draw, noise in enumerate(self.noises):
+                made[draw, index] = self._metric(self._base_logits(self._record(noise, index)), index)
+        return made
+
+    def run(self, cells: Cells, source: Prompts, label: str | None = None) -> Tensor:
+        """`[draw cell prompt]` metric of the noised runs with each cell put back.
 
         Args:
             cells: what is put back.
             source: prompts that activations come from, position by position.
             label: of the progress bar; None shows none.
         """
-        n_draws, (n_cells, n) = len(self.noises), cells.at.shape
-        noised, restored = torch.empty(n_draws, n), torch.empty(n_draws, n_cells, n)
+        noised = self.noised()
+        restored = noised[:, None].expand(-1, len(cells.at), -1).clone()
         layers = sorted({layer for first, last in cells.windows for layer in range(first, last + 1)})
         sites = [self.model.resolve(Site(self.site, layer), write=True) for layer in layers]
         with tqdm(total=restored.numel(), desc=label, disable=label is None, unit="run") as bar:
@@ -91,12 +99,12 @@ class Restorer:
                 if any(value.isnan().any() for value in values.values()):
                     raise UserError(f"the activations to put back hold NaN at {self.site}")
                 for draw, noise in enumerate(self.noises):
-                    with self.model.intervene(noise):
-                        recording = suffix.record(self.model, self.pairs.clean, (), index)
-                    base = self._metric(self._base_logits(recording), index)
-                    noised[draw, index] = base
-                    restored[draw, :, index] = self._restored(recording, values, cells, base, bar)
-        return noised, restored
+                    self._restore(self._record(noise, index), values, cells, restored[draw], bar)
+        return restored
+
+    def _record(self, noise: Noise, index: Tensor) -> Recording:
+        with self.model.intervene(noise):
+            return suffix.record(self.model, self.pairs.clean, (), index)
 
     def _parts(self, n_sites: int) -> Sequence[Tensor]:
         """Consecutive prompts that are recorded at once."""
@@ -114,13 +122,9 @@ class Restorer:
         reference = None if self.reference is None else self.reference[prompts]
         return self.metric(logits, self.pairs.answers.take(prompts), reference).float()
 
-    def _restored(
-        self, recording: Recording, values: dict[int, Tensor], cells: Cells, base: Tensor, bar: tqdm
-    ) -> Tensor:
-        """`[cell batch]` metric of the recorded prompts with each cell put back; `base` `[batch]` where nothing is."""
-        index = recording.index.cpu()
-        starts = cells.at[:, index]
-        made = base.expand(len(starts), -1).clone()
+    def _restore(self, recording: Recording, values: dict[int, Tensor], cells: Cells, made: Tensor, bar: tqdm) -> None:
+        """Fill `made` `[cell prompt]` for the recorded prompts."""
+        starts = cells.at[:, recording.index.cpu()]
         firsts = torch.tensor([first for first, _ in cells.windows])
         lasts = torch.tensor([last for _, last in cells.windows])
 
@@ -135,11 +139,10 @@ class Restorer:
         calls = replay(recording, self.read, firsts, starts, edits_of, folds=self.folds, max_tokens=self.max_tokens)
         left = starts.numel()
         for rows, prompts, logits in calls:
-            made[rows, prompts - index[0]] = self._metric(logits, prompts)
+            made[rows, prompts] = self._metric(logits, prompts)
             left -= len(rows)
             bar.update(len(rows))
         bar.update(left)
-        return made
 
     def _edit(self, value: Tensor, case: Tensor, here: Tensor, at: Tensor, recording: Recording) -> Edit:
         """The function that sets a position of each of the rows `here`, of cells `case`, to `value` `[batch pos …]`."""

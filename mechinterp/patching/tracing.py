@@ -18,9 +18,7 @@ Meng et al. 2022, section 2; their windows of 10 of 48 layers for attention and 
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,10 +30,10 @@ from mechinterp.evaluation import chunks, provenance, templates_of
 from mechinterp.hooked import suffix
 from mechinterp.hooked.interventions import Noise
 from mechinterp.hooked.model import HookedModel
-from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import Site
 from mechinterp.metrics import Metric, as_metric
-from mechinterp.patching.restore import Cells, Restorer
+from mechinterp.patching.restore import Restorer
+from mechinterp.patching.subjects import Tokens, subject_of, tokens_of
 from mechinterp.patching.trace_result import TraceResult
 from mechinterp.results import plain
 from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_difference, sign_flip_threshold
@@ -44,6 +42,7 @@ from mechinterp.tasks.pairs import PromptPairs
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 # The largest cells get the control of the other subject: a table of ten is what a reader takes in.
 CONTROLLED = 10
+OTHER = "the same states of the other side of the pair: another subject in the same words"
 
 
 def trace(
@@ -98,62 +97,62 @@ def trace(
     tokens = tokens_of(facts, *subject_of(facts, subject), positions)
     noises, std = _noises(model, facts, tokens, noise, draws, seed)
     runner = Restorer(model, facts, metric, site, noises, max_tokens)
-    clean = runner.metric_of(facts.clean).double().numpy()
-    label = f"trace {site}" if progress else None
-    noised, restored = runner.run(tokens.cells([(span, None) for _, span in windows]), facts.clean, label)
-    noised, restored = noised.double().numpy().T, tokens.average(restored, len(windows))
+    clean, noised = runner.metric_of(facts.clean).double().numpy(), runner.noised().double().numpy().T
     if not force:
         _require_loss(metric, clean, noised)
-    foreign = tokens.other_subject(facts)
-    other = None if foreign is None else runner.metric_of(foreign)
+    spans = [(span, None) for _, span in windows]
+    made = runner.run(tokens.cells(spans), facts.clean, f"trace {site}" if progress else None)
+    restored = tokens.average(made, len(spans))
+    other = tokens.other_subject(facts)
 
     def from_other(cells: Sequence[tuple[int, int]]) -> np.ndarray:
         """`[cell prompt draw]` the metric with the other subject's states put back."""
-        assert foreign is not None
-        _, made = runner.run(tokens.cells([(windows[at][1], one) for at, one in cells]), foreign)
+        assert other is not None
+        made = runner.run(tokens.cells([(windows[at][1], one) for at, one in cells]), other)
         by_label = tokens.average(made, len(cells))
         return np.stack([by_label[cell, one] for cell, (_, one) in enumerate(cells)])
 
-    control = None if foreign is None else from_other
-    arrays, threshold = _statistics(restored, noised, control, templates_of(facts), seed)
+    clusters = templates_of(facts)
+    arrays, threshold = _statistics(restored, noised, None if other is None else from_other, clusters, seed)
+    about = provenance(model, given) | {
+        "site": site,
+        "subject": subject if isinstance(subject, str) else list(subject),
+        "window": _width(model, site, window),
+        "noise": noise,
+        "noise_std": noise * std,
+        "draws": draws,
+        "metric": metric.name,
+        "positions": positions,
+        "seed": seed,
+        "total_effect": _total(clean, noised, clusters, seed),
+        "baseline": {
+            "clean": float(clean.mean()),
+            "noised": float(noised.mean()),
+            "other_subject": None if other is None else float(runner.metric_of(other).mean()),
+        },
+        "threshold": plain(threshold),
+        "control": "none: the two sides of a pair have the same subject" if other is None else OTHER,
+        "scope": interval_scope(clusters) if len(facts) > 1 else "over draws of the noise, for this prompt",
+    }
+    return TraceResult(_dataset(arrays, [middle for middle, _ in windows], tokens, restored, noised, clean), about)
+
+
+def _dataset(
+    arrays: dict[str, np.ndarray],
+    layers: Sequence[int],
+    tokens: Tokens,
+    restored: np.ndarray,
+    noised: np.ndarray,
+    clean: np.ndarray,
+) -> xr.Dataset:
     dims = ("layer", tokens.axis)
-    data = xr.Dataset(
-        {name: (dims, values) for name, values in arrays.items()}
-        | {
-            "n": (tokens.axis, tokens.counts()),
-            "restored": ((*dims, "prompt", "draw"), restored),
-            "noised": (("prompt", "draw"), noised),
-            "clean": ("prompt", clean),
-        },
-        coords={"layer": [middle for middle, _ in windows], tokens.axis: tokens.labels},
-    )
-    scope = interval_scope(templates_of(facts)) if len(facts) > 1 else "over draws of the noise, for this prompt"
-    return TraceResult(
-        data,
-        provenance(model, given)
-        | {
-            "site": site,
-            "subject": subject if isinstance(subject, str) else list(subject),
-            "window": _width(model, site, window),
-            "noise": noise,
-            "noise_std": noise * std,
-            "draws": draws,
-            "metric": metric.name,
-            "positions": positions,
-            "seed": seed,
-            "total_effect": _total(clean, noised, templates_of(facts), seed),
-            "baseline": {
-                "clean": float(clean.mean()),
-                "noised": float(noised.mean()),
-                "other_subject": None if other is None else float(other.mean()),
-            },
-            "threshold": plain(threshold),
-            "control": "the same states of the other side of the pair: another subject in the same words"
-            if foreign is not None
-            else "none: the two sides of a pair have the same subject",
-            "scope": scope,
-        },
-    )
+    variables = {name: (dims, values) for name, values in arrays.items()} | {
+        "n": (tokens.axis, tokens.counts()),
+        "restored": ((*dims, "prompt", "draw"), restored),
+        "noised": (("prompt", "draw"), noised),
+        "clean": ("prompt", clean),
+    }
+    return xr.Dataset(variables, coords={"layer": list(layers), tokens.axis: tokens.labels})
 
 
 def _width(model: HookedModel, site: str, window: int | None) -> int:

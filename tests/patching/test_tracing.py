@@ -10,6 +10,7 @@ import torch
 
 from mechinterp import Noise, Site, UserError, Zero, load
 from mechinterp.patching import TraceResult, trace, tracing
+from mechinterp.patching.subjects import ROLES, subject_of, tokens_of
 from mechinterp.tasks import induction
 from mechinterp.tasks.pairs import Answers, Target, assemble
 from tests.families import FAMILIES, full_logits, model
@@ -92,7 +93,7 @@ def brute_force(of, task, site, window, noise=3.0, draws=2, seed=0, also=(), sou
 
 def by_role(task, values):
     """`[layer role prompt draw]` from `[draw layer pos prompt]`, token by token."""
-    out = np.full((values.shape[1], len(tracing.ROLES), len(task), values.shape[0]), np.nan)
+    out = np.full((values.shape[1], len(ROLES), len(task), values.shape[0]), np.nan)
     for i in range(len(task)):
         first, last = (int(task.clean.roles[f"subject_{end}"][i]) for end in ("first", "last"))
         end = task.clean.n_pos - 1
@@ -105,7 +106,7 @@ def by_role(task, values):
             "further": range(last + 2, end),
             "last": [end],
         }
-        for number, role in enumerate(tracing.ROLES):
+        for number, role in enumerate(ROLES):
             if len(places[role]):
                 out[:, number, i] = values[:, :, list(places[role]), i].mean(2).T
     return out
@@ -120,7 +121,7 @@ def few_controls(monkeypatch):
 def compare(of, task, site, window=None, also=()):
     result = trace(of, task, site=site, window=window, draws=2, seed=3, force=True, progress=False)
     want, noised = brute_force(of, task, site, window or 1, seed=3, also=also)
-    want = by_role(task, want)[:, [tracing.ROLES.index(role) for role in result.data["role"].values]]
+    want = by_role(task, want)[:, [ROLES.index(role) for role in result.data["role"].values]]
     np.testing.assert_allclose(result.data["restored"], want, atol=1e-5, rtol=1e-4, err_msg=str((site, window)))
     np.testing.assert_allclose(result.data["noised"], noised.numpy().T, atol=1e-5)
     assert np.nanmax(abs(want - noised.numpy().T)) > 1e-2, "a comparison of nothing with nothing"
@@ -165,7 +166,7 @@ def test_the_control_is_the_other_subject_put_back(family):
     result = trace(of, task, site="mlp_out", window=2, draws=2, seed=3, force=True, progress=False)
     other, noised = brute_force(of, task, "mlp_out", 2, seed=3, source=task.corrupted)
     want = np.nanmean(by_role(task, other) - noised.numpy().T, axis=(2, 3))
-    roles = [tracing.ROLES.index(role) for role in result.data["role"].values]
+    roles = [ROLES.index(role) for role in result.data["role"].values]
     control = result.data["control"].values
     chosen = np.isfinite(control)
     assert chosen.sum() == tracing.CONTROLLED
@@ -246,7 +247,7 @@ def test_the_noise():
     """Of the strength asked for, at the subject's tokens alone, another in every draw and prompt."""
     of = model("gpt2")
     task = facts(of, True, n=12)
-    tokens = tracing._tokens(task, *tracing._subject(task, ("subject_first", "subject_last")), "roles")
+    tokens = tokens_of(task, *subject_of(task, ("subject_first", "subject_last")), "roles")
     noises, std = tracing._noises(of, task, tokens, 3.0, 40, 0)
     embed = captured(of, task.clean, [], ["hook_embed"])["hook_embed"]
     inside = torch.zeros_like(task.clean.tokens, dtype=torch.bool)
@@ -360,7 +361,7 @@ def test_the_result(tmp_path):
     result = trace(of, task, site="attn_out", draws=3, noise=2.5, force=True, progress=False)
     data, about = result.data, result.about
     assert data["indirect"].dims == ("layer", "role") and data["restored"].shape[2:] == (9, 3)
-    assert list(data["role"].values) == [r for r in tracing.ROLES if r in data["role"].values]
+    assert list(data["role"].values) == [r for r in ROLES if r in data["role"].values]
     assert data["n"].sel(role="subject_only") == 3 and data["n"].sel(role="subject_first") == 6
     assert about["window"] == 1 and about["noise"] == 2.5 and about["draws"] == 3 and about["n_prompts"] == 9
     assert about["noise_std"] > 0 and about["metric"] == "prob" and about["site"] == "attn_out"

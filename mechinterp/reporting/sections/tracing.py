@@ -12,6 +12,7 @@ from mechinterp.reporting.report import Section, Table
 from mechinterp.results import plain
 
 SHORT = {
+    "subject_only": "only subj.",
     "subject_first": "first subj.",
     "subject_middle": "mid subj.",
     "subject_last": "last subj.",
