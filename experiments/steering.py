@@ -62,7 +62,7 @@ def main(config: Config) -> Path:
     with mi.reporting.Run.open("steering", config, root=config.root, inputs=inputs) as run:
         choosing, testing = (mi.steering.probes(model, texts, GOOD, BAD) for texts in probe_texts())
         tried = run.part("layers.json", lambda: try_layers(model, choosing, config), _read, _write)
-        layer = max(tried, key=lambda one: one["change"])["layer"]
+        layer = int(max(tried, key=lambda one: one["change"])["layer"])
         run.log("\n".join(f"layer {one['layer']}: {one['change']:+.2f} logits at strength 1" for one in tried))
         vector = sentiment(model, layer)
         run.log(repr(vector))

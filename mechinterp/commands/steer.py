@@ -29,7 +29,7 @@ def run(args: Steer, command: str) -> int:
         model, vector, task, strengths=parse_strengths(args.strengths), draws=args.draws, seed=args.seed
     )
     print(result.summary())
-    print(frame_text(result.top()[COLUMNS]))
+    print(frame_text(result.top().filter(COLUMNS)))
     said: dict[float, list[str]] = {}
     if args.max_new_tokens:
         for strength in result.data["strength"].values.tolist():
