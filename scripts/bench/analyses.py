@@ -3,7 +3,7 @@
     python scripts/bench/analyses.py [--json FILE] [--cases scan lens patterns composition] [--threads N]
 
 - *scan*: every head mean-ablated at END over 64 prompts (logit difference and P(answer), intervals, threshold), beside
-  a hook loop: the whole batch once a head, full logits. One head in fifteen is run on the slow side. Floor: the FLOPs of
+  a hook loop: the whole batch once a head, full logits; one head in fifteen of it is run. Floor: the FLOPs of
   the loop over those of rows that run only END, from behind their layer's attention on, and unembed the whole
   vocabulary there, since P(answer) needs it; one full run of the prompts is added.
 - *lens*: the logit lens over all layers and positions of 4 texts of 64 tokens (first tokens, entropy, KL), beside one
