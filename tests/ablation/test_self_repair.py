@@ -253,12 +253,11 @@ def test_mutation_the_ablated_runs_own_scale(monkeypatch):
 def test_mutation_the_clean_scale_everywhere(monkeypatch):
     """Without the norm's rescaling the terms miss the change."""
     module = import_module("mechinterp.ablation.self_repair")
-    of, found, scales = model("llama"), module.direct_effects, []
+    of, found = model("llama"), module.direct_effects
 
     def frozen(of, pairs, scale=None):
-        made = found(of, pairs, scale=scales[0] if scales else None)
-        scales.append(made.scale)
-        return made
+        made = found(of, pairs, scale=scale)
+        return replace(made, own_total=made.total)
 
     monkeypatch.setattr(module, "direct_effects", frozen)
     task = templated(of, True)
