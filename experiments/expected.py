@@ -17,10 +17,10 @@ REFERENCE = Path(__file__).parent / "reference"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found beside what was expected; `rows` are (quantity, found, expected, tolerance, agrees)."""
+    """Rows of (quantity, found, expected, tolerance, agrees); found is None where this run has no such quantity."""
 
     verdict: str
-    rows: tuple[tuple[str, float, float, float, bool], ...] = ()
+    rows: tuple[tuple[str, float | None, float, float, bool], ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -44,7 +44,7 @@ def compare(experiment: str, model: str, found: Mapping[str, float], settings: M
         wanted = ", ".join(f"{name} {reference['settings'][name]}" for name in other)
         return Comparison(f"No comparison: the reference values were measured with {wanted}.")
     rows = tuple(
-        (name, found[name], value, tolerance, abs(found[name] - value) <= tolerance)
+        (name, found.get(name), value, tolerance, name in found and abs(found[name] - value) <= tolerance)
         for name, (value, tolerance) in reference["values"].items()
     )
     missed = [row[0] for row in rows if not row[4]]

@@ -36,7 +36,7 @@ PROBES = (
 THINGS = ("party", "weather", "lecture", "restaurant", "holiday", "play", "garden", "food")
 GOOD = (" great", " wonderful", " amazing", " good", " beautiful", " excellent")
 BAD = (" terrible", " horrible", " awful", " bad", " ugly", " poor")
-CONTINUED = "I went to see the new play last night, and I thought it was"
+CONTINUED = "We spent the weekend in a small town by the sea, and the weather was"
 
 
 @dataclass(frozen=True)
