@@ -519,7 +519,7 @@ def test_the_capital_of_france(smollm2):
     result = logit_lens(smollm2, "The capital of France is", answer=" Paris")
     data = result.data.isel(prompt=0)
     assert int(data["answer_rank"][-1]) == 0 and float(data["kl"][-1]) < 1e-4
-    assert 20 <= float(data["settled"]) <= 29 and int(data["answer_rank"][10]) > 100
+    assert float(data["settled"]) == 30 and int(data["answer_rank"][28]) < 100 < int(data["answer_rank"][10])
     own = smollm2("The capital of France is")[0, -1].softmax(-1)
     assert float(data["prob"][-1]) == pytest.approx(float(own[smollm2.encode(" Paris")[0]]), abs=1e-5)
     assert result.to_json()["top"][30][0] == " Paris"
