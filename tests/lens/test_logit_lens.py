@@ -142,9 +142,10 @@ def test_the_last_row_is_the_model_s_own_output(family):
 
 
 def test_mutation_missing_soft_cap(monkeypatch):
-    monkeypatch.setattr(suffix, "_soft_cap", lambda of, logits: logits)
     of = model("gemma2")
     task = pairs(of, False)
+    assert of.levers.replay  # found out before the cap goes, and kept
+    monkeypatch.setattr(suffix, "_soft_cap", lambda of, logits: logits)
     with pytest.raises(AssertionError):
         agree(of, logit_lens(of, task), task.clean, task.answers.answer[:, 0, 0], task.answers.wrong[:, 0, 0])
 
