@@ -31,7 +31,7 @@ ORIGIN = ("model", "weights_hash", "d_model", "n_layers", "text", "documents", "
 
 @dataclass(frozen=True)
 class TunedLensConfig:
-    """How a tuned lens is trained. The defaults take about two minutes for SmolLM2-135M on two cores."""
+    """How a tuned lens is trained. The defaults take some minutes for SmolLM2-135M on two cores."""
 
     steps: int = 100
     """optimizer steps, after the least-squares start"""
