@@ -56,6 +56,8 @@ class Engine:
         direction: Direction = "noise",
         metric: Metric | str | None = None,
         max_bytes: int | None = None,
+        progress: bool = False,
+        read: suffix.Read | None = None,
     ):
         """Prepare; nothing but means is run yet.
 
@@ -66,19 +68,23 @@ class Engine:
             direction: "noise" ablates the clean run with the corrupted one's values, "denoise" the reverse.
             metric: as elsewhere; the logit difference by default.
             max_bytes: memory of a call; by default a quarter of what is free.
+            progress: show progress bars.
+            read: which logits a run gives; by default those of the metric.
 
         Raises:
             UserError: see `Ablation.prepare` and `Graph.at`; less memory than one prompt needs.
         """
-        self.metric = as_metric(metric)
+        self.metric, self.progress = as_metric(metric), progress
         self.pairs = self.metric.prepare(pairs)
         self.graph = graph.at(self.pairs)
         self.model = graph.model
-        self.read = self.metric.read(self.pairs)
-        if self.read.positions is None:
-            raise UserError("circuits need a metric that reads the task's positions; a plain function reads all logits")
+        self.read = self.metric.read(self.pairs) if read is None else read
+        if read is None and self.read.positions is None:
+            raise UserError("circuits need a metric of the task's positions; a plain function reads all logits")
         sides = (self.pairs.clean, self.pairs.corrupted)
-        self.base, self.other = (side.to(self.model.device) for side in (sides if direction == "noise" else sides[::-1]))
+        self.base, self.other = (
+            side.to(self.model.device) for side in (sides if direction == "noise" else sides[::-1])
+        )
         self.ablation, self.direction = Ablation.of(ablation), direction
         self.place = self.graph.place_of(self.pairs)
         self.ablated: Ablated = self.ablation.prepare(self.graph, self.pairs, direction)
@@ -90,8 +96,8 @@ class Engine:
         self.max_bytes = free // 4 if max_bytes is None else max_bytes
         if self.bytes_per_prompt > self.max_bytes:
             raise UserError(
-                f"one prompt of {self.base.n_pos} tokens needs about {self.bytes_per_prompt:,} bytes on {self.graph!r}; "
-                f"{self.max_bytes:,} may be used. Choose shorter prompts, fewer sources, or raise max_bytes"
+                f"one prompt of {self.base.n_pos} tokens needs about {self.bytes_per_prompt:,} bytes on "
+                f"{self.graph!r}; {self.max_bytes:,} may be used. Shorten prompts or raise max_bytes"
             )
 
     def __len__(self) -> int:
@@ -210,6 +216,11 @@ class Part:
     def __len__(self) -> int:
         return len(self.index)
 
+    @cached_property
+    def differences(self) -> Tensor:
+        """`[source batch pos d_model]` a_u − s_u of the recorded runs."""
+        return self.ablated.vectors - self.live.vectors
+
     @property
     def n_pos(self) -> int:
         """Positions that are run."""
@@ -281,26 +292,29 @@ class Part:
         per_prompt = mask.ndim == 5
         mask = mask.to(like)
         circuits = len(mask)
-        vectors = self.ablated.vectors
+        values = self.ablated.vectors
         rows = len(self) * self.n_pos
         if per_prompt:
             mask, rows = mask.flatten(0, 1), self.n_pos
-            ablated = vectors.transpose(0, 1).repeat(circuits, 1, 1, 1)
+            ablated = values.transpose(0, 1).repeat(circuits, 1, 1, 1)
         else:
-            ablated = vectors.flatten(1, 2)[None]
-        is_vector = torch.tensor([source.kind != "neuron" for source in graph.sources])
-        shape = (len(mask), len(vectors), rows, self.model.d_model)
+            ablated = values.flatten(1, 2)[None]
+        shape = (len(mask), len(values), rows, self.model.d_model)
         store = self._stores.get(shape)
         if store is None:
             self._stores.clear()
             store = self._stores[shape] = Store(*shape, like)
         store.grad = None
         neurons = {}
-        for layer, values in self.ablated.neurons.items():
-            first = next(i for i, source in enumerate(graph.sources) if source.layer == layer and source.kind == "neuron")
-            of_rows = values.repeat(circuits, 1, 1) if per_prompt else values.flatten(0, 1)[None]
+        for layer, silent in self.ablated.neurons.items():
+            first = next(
+                i for i, source in enumerate(graph.sources) if source.layer == layer and source.kind == "neuron"
+            )
+            of_rows = silent.repeat(circuits, 1, 1) if per_prompt else silent.flatten(0, 1)[None]
             neurons[layer] = (first, of_rows, mlp_out(self.model, layer)[0].to(like))
-        return Mixer(mask, ablated, is_vector.nonzero().flatten(), store, self._places(per_prompt), neurons)
+        return Mixer(
+            mask, ablated, (graph.vector_row >= 0).nonzero().flatten(), store, self._places(per_prompt), neurons
+        )
 
     def _places(self, per_prompt: bool) -> list[Tensor] | None:
         """Rows of each place; None where there is one."""
@@ -527,4 +541,3 @@ def _reads(graph: Graph) -> list[_Read]:
         else:
             made.append(_Read(one.layer, i, i + 1, one.n_sources))
     return made
-

@@ -161,9 +161,8 @@ class Graph:
     @cached_property
     def destinations(self) -> tuple[Destination, ...]:
         """In the order in which they read."""
-        return tuple(one for layer in range(self.model.n_layers) for one in self._of_layer(layer)) + (
-            Destination("logits", "logits", self.model.n_layers, 0, len(self.sources), ()),
-        )
+        made = [one for layer in range(self.model.n_layers) for one in self._of_layer(layer)]
+        return (*made, Destination("logits", "logits", self.model.n_layers, 0, len(self.sources), ()))
 
     def _of_layer(self, layer: int) -> list[Destination]:
         before = next(i for i, s in enumerate(self.sources) if s.layer == layer)
@@ -200,6 +199,12 @@ class Graph:
     def destination_index(self) -> Mapping[str, int]:
         """Destination by name."""
         return {destination.name: i for i, destination in enumerate(self.destinations)}
+
+    @cached_property
+    def vector_row(self) -> Tensor:
+        """`[source]` its row among the sources that are kept as vectors of d_model: all but neurons, which get -1."""
+        vector = torch.tensor([source.kind != "neuron" for source in self.sources])
+        return torch.where(vector, vector.cumsum(0) - 1, -1)
 
     # Edges
 
@@ -278,9 +283,20 @@ class Graph:
         """`[… edge]` from values `[… destination source place]`."""
         return values[..., self.valid.to(values.device)]
 
-    def of_nodes(self, kept: Tensor) -> Tensor:
-        """`[… edge]` bool from `[… source]`: every edge out of the sources that are kept."""
-        return kept[..., self.edges[:, 1]]
+    @property
+    def n_nodes(self) -> int:
+        """Sources, counted once at each place: what is kept or ablated whole at the level of nodes."""
+        return len(self.sources) * len(self.places)
+
+    @cached_property
+    def node_of(self) -> Tensor:
+        """`[edge]` the node that each edge comes out of: source · places + place."""
+        return self.edges[:, 1] * len(self.places) + self.edges[:, 2]
+
+    def node_name(self, node: int) -> str:
+        """`a5.h3`, with `@place` where there are places."""
+        source, place = divmod(node, len(self.places))
+        return f"{self.sources[source].name}{self._at(place)}"
 
     def prune(self, kept: Tensor) -> Tensor:
         """`[edge]` without dead edges: those on no path from the embedding to the logits through edges that are kept.

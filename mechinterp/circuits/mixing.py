@@ -5,8 +5,8 @@ a_u and the mask m (1: the edge is kept),
 
     x_v = R_v + Σ_u (1 − m_vu) (a_u − s_u).
 
-1. The differences are kept source-major, `[circuit source row d_model]` with a row for each prompt and position, and are
-   written once, when the source writes (`write`).
+1. The differences are kept source-major, `[circuit source row d_model]`, with a row for each prompt and position, and
+   are written once, when the source writes (`write`).
 2. All destinations of a layer are mixed in one product of their rows of 1 − m with that store (`mix`): as many
    multiplications as the edges need, and the store is read once.
 3. Gradients go through both without a copy of the store: a product's backward adds to a second store of gradients, and
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Store:
-    """Differences a_u − s_u of one run, `[circuit source row d_model]`, and their gradients once a backward needs them."""
+    """Differences a_u − s_u of one run, `[circuit source row d_model]`, and their gradients where a backward runs."""
 
     def __init__(self, circuits: int, sources: int, rows: int, d_model: int, like: Tensor):
         self.value = torch.empty(circuits, sources, rows, d_model, dtype=like.dtype, device=like.device)
@@ -62,7 +62,7 @@ class _Mix(torch.autograd.Function):
     def forward(
         ctx: Any, order: Tensor, resid: Tensor, cut: Tensor, store: Store, places: list[Tensor] | None
     ) -> Tensor:
-        """resid `[circuit row d_model]`, cut `[circuit|1 destination source place]` -> `[circuit destination row d]`."""
+        """resid `[circuit row d_model]`, cut `[circuit|1 destination source place]`."""
         ctx.store, ctx.places = store, places
         ctx.save_for_backward(cut)
         read = store.value[:, : cut.shape[2]]

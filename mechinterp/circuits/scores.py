@@ -1,0 +1,217 @@
+"""Scores of every edge, and the circuits that are selected from them.
+
+1. *top*: the n edges of largest score, signed or absolute. *threshold*: all edges above one. Edges on no path from the
+   embedding to the logits are then pruned.
+2. *greedy* (Hanna et al. 2024): from the logits down, the largest edge into a node that is already in the circuit, one
+   after another; so everything leads to the logits, by construction.
+3. Scores of nodes select nodes, in that order, while their edges are no more than n: a node keeps all edges out of it.
+4. *Inclusion*: the share of bootstrap draws over prompts in which an edge is selected.
+"""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mechinterp.circuits.circuit import Circuit
+from mechinterp.circuits.graph import Graph
+from mechinterp.errors import UserError
+
+By = Literal["absolute", "signed"]
+Connect = Literal["top", "greedy"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores:
+    """What each edge (or node) does for the behaviour, in the metric's unit; positive helps.
+
+    Attributes:
+        graph: that the scores are of.
+        values: `[edge]`, or `[node]` where `level` is "node".
+        level: "edge" or "node".
+        draws: `[draw edge]` scores over resampled prompts; none where the method does not score prompts apart.
+        rankings: control -> `[edge]` scores made from the same pairs without what the scores claim to know.
+        about: model, task, method, ablation, direction, metric, seed, …, as plain values.
+    """
+
+    graph: Graph
+    values: Tensor
+    level: Literal["edge", "node"]
+    draws: Tensor
+    rankings: Mapping[str, Tensor] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = self.graph.n_edges if self.level == "edge" else self.graph.n_nodes
+        if tuple(self.values.shape) != (expected,):
+            raise UserError(f"{self.graph!r} has {expected} {self.level}s; found scores of {list(self.values.shape)}")
+        if not bool(self.values.isfinite().all()):
+            raise UserError(
+                f"{int((~self.values.isfinite()).sum())} scores are not finite: check the metric and weights"
+            )
+
+    @property
+    def of_edges(self) -> Tensor:
+        """`[edge]` scores; an edge has that of the node it comes out of where nodes were scored."""
+        return self.values if self.level == "edge" else self.values[self.graph.node_of]
+
+    @property
+    def effects(self) -> Tensor:
+        """`[edge]` change of the metric by which the score is meant: the score itself when denoising, its opposite when
+        noising."""
+        return self.of_edges * (-1.0 if self.about.get("direction") == "noise" else 1.0)
+
+    def name(self, unit: int) -> str:
+        """Of an edge or node."""
+        return self.graph.edge_name(unit) if self.level == "edge" else self.graph.node_name(unit)
+
+    def select(
+        self,
+        edges: float | int | None = None,
+        *,
+        threshold: float | None = None,
+        by: By = "absolute",
+        connect: Connect = "top",
+        prune: bool = True,
+        ranking: str | None = None,
+    ) -> Circuit:
+        """A circuit.
+
+        Args:
+            edges: how many: a share (a float up to 1) or a number. Either this or `threshold`.
+            threshold: the smallest score that is kept.
+            by: "absolute" counts edges that hurt as well, "signed" only what helps most.
+            connect: "top", or "greedy" from the logits.
+            prune: take out edges on no path from the embedding to the logits.
+            ranking: select from this control's scores instead.
+
+        Raises:
+            UserError: both or none of `edges` and `threshold`, one out of range, an unknown option.
+        """
+        if (edges is None) == (threshold is None):
+            raise UserError("select: give either edges=, a share or a number, or threshold=")
+        for name, value, valid in (("by", by, ("absolute", "signed")), ("connect", connect, ("top", "greedy"))):
+            if value not in valid:
+                raise UserError(f"select: unknown {name}={value!r}; valid: {', '.join(map(repr, valid))}")
+        if ranking is not None and ranking not in self.rankings:
+            raise UserError(f"select: no ranking {ranking!r}; these scores have: {', '.join(self.rankings) or 'none'}")
+        n_edges = self.graph.n_edges
+        if isinstance(edges, float):
+            if not 0 <= edges <= 1:
+                raise UserError(f"select: a share of the edges lies in 0 … 1; found {edges}")
+            edges = int(edges * n_edges)
+        if edges is not None and not 0 <= edges <= n_edges:
+            raise UserError(f"select: this graph has {n_edges} edges; {edges} were asked for")
+        values = self.values if ranking is None else self.rankings[ranking]
+        kept = choose(self.graph, values, self.level if ranking is None else "edge", edges, threshold, by, connect)
+        kept = self.graph.prune(kept) if prune else kept
+        how = {"edges": edges, "threshold": threshold, "by": by, "connect": connect, "ranking": ranking}
+        inclusion = None
+        if len(self.draws) and edges is not None and ranking is None:
+            inclusion = self.inclusion(edges, by)
+        return Circuit(self.graph, kept, self.of_edges, inclusion, {**self.about, "selection": how})
+
+    def inclusion(self, edges: int, by: By = "absolute") -> Tensor:
+        """`[edge]` share of bootstrap draws over prompts in which an edge is among the `edges` top ones.
+
+        Raises:
+            UserError: the method did not score prompts apart from each other.
+        """
+        if not len(self.draws):
+            raise UserError(f"{self.about.get('method')} scores all prompts at once: there is nothing to resample")
+        counted = torch.zeros(self.graph.n_edges)
+        for values in self.draws:
+            counted += choose(self.graph, values, self.level, edges, None, by, "top")
+        return counted / len(self.draws)
+
+    def top(self, n: int = 10) -> pd.DataFrame:
+        """The units of largest |score|, with their 95% interval over prompts where there are draws."""
+        order = torch.argsort(self.values.abs(), descending=True, stable=True)[:n]
+        frame = {self.level: [self.name(int(i)) for i in order], "score": self.values[order].numpy()}
+        if len(self.draws):
+            low, high = np.quantile(self.draws[:, order].double().numpy(), [0.025, 0.975], axis=0)
+            frame |= {"ci_low": low, "ci_high": high}
+        return pd.DataFrame(frame)
+
+    def summary(self) -> str:
+        """One line: what was scored, how, and the largest unit."""
+        about, best = self.about, self.top(1).iloc[0]
+        interval = f" [{best['ci_low']:.3g}, {best['ci_high']:.3g}]" if "ci_low" in best else ""
+        return (
+            f"{about.get('method')} on {about.get('task')}, {about.get('ablation')} {about.get('direction')}, "
+            f"n={about.get('n_prompts')}: {len(self.values)} {self.level}s, largest {best[self.level]} "
+            f"{best['score']:.3g}{interval} ({about.get('metric')})"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.summary()}\n{self.top(10).to_string(index=False, float_format='%.3g')}"
+
+
+def choose(
+    graph: Graph,
+    values: Tensor,
+    level: Literal["edge", "node"],
+    edges: int | None,
+    threshold: float | None,
+    by: By,
+    connect: Connect,
+) -> Tensor:
+    """`[edge]` bool: the selection from scores `[edge]` or `[node]`, before dead edges are pruned."""
+    size = values.abs() if by == "absolute" else values
+    if threshold is not None:
+        kept = size >= threshold
+        return kept if level == "edge" else kept[graph.node_of]
+    assert edges is not None
+    if level == "node":
+        return _top_nodes(graph, size, edges)
+    if connect == "greedy":
+        return _greedy(graph, size, edges)
+    kept = torch.zeros(graph.n_edges, dtype=torch.bool)
+    kept[torch.argsort(size, descending=True, stable=True)[:edges]] = True
+    return kept
+
+
+def _top_nodes(graph: Graph, size: Tensor, edges: int) -> Tensor:
+    """Nodes from the largest down, as long as their edges are no more than asked for."""
+    count = torch.bincount(graph.node_of, minlength=graph.n_nodes)
+    order = torch.argsort(size, descending=True, stable=True)
+    fits = count[order].cumsum(0) <= edges
+    kept = torch.zeros(graph.n_nodes, dtype=torch.bool)
+    kept[order[fits]] = True
+    return kept[graph.node_of]
+
+
+def _greedy(graph: Graph, size: Tensor, edges: int) -> Tensor:
+    """From the logits down: the largest edge into any node that has been reached."""
+    into: dict[int, list[int]] = {}  # source -> destinations that are inputs of it
+    for v, destination in enumerate(graph.destinations):
+        for source in destination.feeds:
+            into.setdefault(source, []).append(v)
+    destination_of = graph.edges[:, 0]
+    starts = torch.searchsorted(destination_of, torch.arange(len(graph.destinations) + 1))
+    by_size = size.tolist()
+    source_of = graph.edges[:, 1].tolist()
+    waiting: list[tuple[float, int]] = []
+    opened: set[int] = set()
+
+    def open_destination(v: int) -> None:
+        if v not in opened:
+            opened.add(v)
+            for edge in range(int(starts[v]), int(starts[v + 1])):
+                heapq.heappush(waiting, (-by_size[edge], edge))
+
+    open_destination(len(graph.destinations) - 1)
+    kept = torch.zeros(graph.n_edges, dtype=torch.bool)
+    for _ in range(edges):
+        if not waiting:
+            break
+        _, edge = heapq.heappop(waiting)
+        kept[edge] = True
+        for v in into.get(source_of[edge], ()):
+            open_destination(v)
+    return kept
