@@ -118,7 +118,7 @@ def test_the_names_are_those_of_the_library():
     assert get_args(flags.Direction) == get_args(Direction)
     assert get_args(flags.Corruption) == get_args(Corruption)
     assert get_args(flags.DTypeName) == tuple(DTYPES)
-    assert all(hasattr(mi.tasks, name) for name in get_args(flags.TaskName))
+    assert get_args(flags.TaskName) == tuple(mi.tasks.TASKS)
 
 
 def test_layers():
@@ -429,7 +429,13 @@ def test_a_model_that_cannot_do_the_task(folder, capsys, pairs_file):
     wrong = {**PAIR, "answer": "d", "wrong": "b"}
     err = fails(capsys, "patch", PLANTED, "--pairs", pairs_file(wrong), says="the model does not do this task")
     assert "--force" in err
-    fails(capsys, "patch", folder, "--task", "ioi", says="single tokens")
+    words = {
+        "ioi": "names", "greater-than": "nouns", "gendered-pronoun": "women's names", "agreement": "subjects",
+        "docstring": "functions", "capitals": "people",
+    }  # fmt: skip
+    for task, needed in words.items():
+        err = fails(capsys, "patch", folder, "--task", task, says="as single tokens")
+        assert f" {needed}" in err, "each task asks for its own words"
 
 
 def test_interrupted(capsys, monkeypatch):

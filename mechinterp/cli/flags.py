@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
@@ -21,7 +21,9 @@ SiteName = Literal[
 ]  # fmt: skip
 MetricName = Literal["logit-diff", "prob", "logprob", "seq-logprob", "rank", "kl"]
 Direction = Literal["denoise", "noise"]
-TaskName = Literal["ioi", "induction"]
+TaskName = Literal[
+    "ioi", "greater-than", "gendered-pronoun", "agreement", "docstring", "induction", "capitals",
+]  # fmt: skip
 Corruption = Literal["swapped-subject", "new-names"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 
@@ -77,7 +79,7 @@ class OnPairs(OnModel):
 
     pairs: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Prompt pairs as JSON lines: clean, corrupted, answer, wrong, and optionally roles and targets."""
-    task: Annotated[TaskName | None, tyro.conf.arg(metavar="{ioi,induction}")] = None
+    task: Annotated[TaskName | None, tyro.conf.arg(metavar=f"{{{','.join(get_args(TaskName))}}}")] = None
     """Make prompt pairs, instead of --pairs."""
     n: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """How many pairs: of a task 32 by default; of a file all, or its first INT."""

@@ -35,6 +35,7 @@ def _pairs(model: HookedModel, args: OnPairs) -> PromptPairs:
         pairs = tasks.from_file(model, args.pairs, seed=args.seed)
         return pairs if args.n is None else pairs.take(torch.arange(args.n))
     n = args.n or N_DEFAULT
-    if args.task == "ioi":
-        return tasks.ioi(model, n=n, seed=args.seed, corruption=args.corruption or "swapped-subject")
-    return tasks.induction(model, n=n, seed=args.seed)
+    if args.corruption is not None:
+        return tasks.ioi(model, n=n, seed=args.seed, corruption=args.corruption)
+    assert args.task is not None, "check_flags asked for pairs or a task"
+    return tasks.TASKS[args.task](model, n=n, seed=args.seed)

@@ -5,12 +5,12 @@ are single tokens under the tokenizer of the model at hand.
 """
 
 import random
-from collections.abc import Sequence
 from typing import Literal
 
 from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.tasks.pairs import PromptPairs, Target, assemble
+from mechinterp.tasks.words import alternating, single_tokens
 
 Corruption = Literal["swapped-subject", "new-names"]
 
@@ -66,19 +66,12 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
     """
     if corruption not in ("swapped-subject", "new-names"):
         raise UserError(f"unknown corruption {corruption!r}; valid: 'swapped-subject', 'new-names'")
-    if n < 1:
-        raise UserError(f"n must be at least 1; found {n}")
     draw = random.Random(seed)
-    names = _single(model, NAMES, "names", 8)
-    places, objects = _single(model, PLACES, "places", 2), _single(model, OBJECTS, "objects", 2)
-    order, kinds = list(range(len(TEMPLATES))), list[tuple[int, bool]]()
+    names = single_tokens(model, NAMES, "names", 8)
+    places, objects = single_tokens(model, PLACES, "places", 2), single_tokens(model, OBJECTS, "objects", 2)
     clean, corrupted, donor, same_answer = [], [], [], []
     roles, donor_roles, targets, templates = [], [], [], []
-    for _ in range(n):
-        if not kinds:  # every template once, the orders in turn; then every template in its other order
-            draw.shuffle(order)
-            kinds = [(t, (at + late) % 2 == 0) for late in (0, 1) for at, t in enumerate(order)]
-        template, abba = kinds.pop(0)
+    for template, abba in alternating(draw, len(TEMPLATES), n):
         words = {"place": draw.choice(places), "object": draw.choice(objects)}
         io, s, other_io, other_s, a, b, c = draw.sample(names, 7)
         text, at = _fill(model, template, words, io, s, s, abba)
@@ -105,19 +98,6 @@ def ioi(model: HookedModel, n: int = 64, seed: int = 0, corruption: Corruption =
         model, "ioi", corruption, clean, corrupted, roles, targets,
         donor=(donor, donor_roles), same_answer=same_answer, templates=templates, seed=seed, source=source,
     )  # fmt: skip
-
-
-def _single(model: HookedModel, words: Sequence[str], what: str, at_least: int) -> list[str]:
-    """The words that are one token after a space."""
-    ids = [model.encode(f" {word}", bos=False) for word in words]
-    # Its text is compared because a tokenizer of words makes one `<unk>` of any name.
-    kept = [w for w, i in zip(words, ids, strict=True) if len(i) == 1 and model.token_strings(i)[0].strip() == w]
-    if len(kept) < at_least:
-        raise UserError(
-            f"the tokenizer of {model.info.name} has {len(kept)} of our {len(words)} {what} as single tokens; the task "
-            f"needs {at_least}. Give your own pairs as JSON lines instead"
-        )
-    return kept
 
 
 def _fill(
