@@ -26,6 +26,13 @@ Kind = Literal["resample", "zero", "mean", "learned"]
 Direction = Literal["noise", "denoise"]
 
 
+def as_direction(direction: str) -> Direction:
+    """Itself. Raises UserError if it is none."""
+    if direction not in ("noise", "denoise"):
+        raise UserError(f"unknown direction {direction!r}; valid: 'noise', 'denoise'")
+    return direction  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, eq=False)
 class Ablation:
     """How sources are ablated.
@@ -42,6 +49,10 @@ class Ablation:
     by: means.By | None = None
     vectors: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("resample", "zero", "mean", "learned"):
+            raise UserError(f"unknown ablation {self.kind!r}; valid: 'resample', 'zero', 'mean', 'learned'")
+
     @classmethod
     def of(cls, asked: "Ablation | str") -> "Ablation":
         """From itself or a name.
@@ -50,17 +61,12 @@ class Ablation:
             UserError: an unknown name, or a learned ablation without its vectors.
         """
         made = asked if isinstance(asked, Ablation) else cls(asked)  # type: ignore[arg-type]
-        if made.kind not in ("resample", "zero", "mean", "learned"):
-            raise UserError(f"unknown ablation {made.kind!r}; valid: 'resample', 'zero', 'mean', 'learned'")
         if made.kind == "learned" and made.vectors is None:
             raise UserError("ablation 'learned' needs its vectors: give circuits.learn_ablation(graph, pairs)")
         return made
 
     def __str__(self) -> str:
-        if self.kind != "mean":
-            return self.kind
-        over = self.over if isinstance(self.over, str) else "other"
-        return f"mean over the {over} prompts by {self.by or 'role or all'}"
+        return self.kind
 
     def prepare(self, graph: Graph, pairs: PromptPairs, direction: Direction) -> "Ablated":
         """The values for these pairs.
@@ -69,9 +75,7 @@ class Ablation:
             UserError: an unknown direction, denoising with anything but the pair's own clean run, a mean that these
                 prompts do not have.
         """
-        if direction not in ("noise", "denoise"):
-            raise UserError(f"unknown direction {direction!r}; valid: 'noise', 'denoise'")
-        if direction == "denoise" and self.kind != "resample":
+        if as_direction(direction) == "denoise" and self.kind != "resample":
             raise UserError(
                 f"direction 'denoise' puts the clean run's activations into the corrupted run, so ablation "
                 f"{self.kind!r} has no meaning there. Valid: 'resample', or direction 'noise'"

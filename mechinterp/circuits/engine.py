@@ -85,7 +85,8 @@ class Engine:
         self.base, self.other = (
             side.to(self.model.device) for side in (sides if direction == "noise" else sides[::-1])
         )
-        self.ablation, self.direction = Ablation.of(ablation), direction
+        self.ablation = Ablation.of(ablation)
+        self.direction: Direction = direction
         self.place = self.graph.place_of(self.pairs)
         self.ablated: Ablated = self.ablation.prepare(self.graph, self.pairs, direction)
         free = psutil.virtual_memory().available
@@ -220,6 +221,20 @@ class Part:
     def differences(self) -> Tensor:
         """`[source batch pos d_model]` a_u − s_u of the recorded runs."""
         return self.ablated.vectors - self.live.vectors
+
+    @property
+    def squared_differences(self) -> Tensor:
+        """`[source batch pos]` ‖a_u − s_u‖² of every source, neurons among them."""
+        of_vectors = self.differences.square().sum(-1)
+        if self.graph.mlp == "layer":
+            return of_vectors
+        made = of_vectors.new_zeros(len(self.graph.sources), *of_vectors.shape[1:])
+        made[self.graph.vector_row >= 0] = of_vectors
+        for layer, live in self.live.neurons.items():
+            first, norms = self.graph.source_index[f"m{layer}.n0"], mlp_out(self.model, layer)[0].norm(dim=-1)
+            delta = (self.ablated.neurons[layer] - live) * norms.to(live)
+            made[first : first + len(norms)] = delta.square().movedim(-1, 0)
+        return made
 
     @property
     def n_pos(self) -> int:

@@ -11,11 +11,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechinterp.circuits.ablations import Ablation, Direction
+from mechinterp.circuits.atp_star import AtPStar
 from mechinterp.circuits.engine import Engine
 from mechinterp.circuits.exact import Exact, ExactNodes
 from mechinterp.circuits.graph import Graph
+from mechinterp.circuits.head_importance import HeadImportance
+from mechinterp.circuits.information_flow import InformationFlow
 from mechinterp.circuits.methods import EAP, EAPIG, CleanCorrupted, EAPIGActivations, Method
-from mechinterp.circuits.scores import Scores
+from mechinterp.circuits.rankings import by_norm, reinitialised, score, swap_labels
+from mechinterp.circuits.scores import Scores, pair_hashes
 from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance, require_behaviour, templates_of
 from mechinterp.metrics import Metric
@@ -35,6 +39,7 @@ def find(
     ablation: Ablation | str = "resample",
     direction: Direction = "noise",
     metric: Metric | str | None = None,
+    controls: bool = True,
     draws: int = 100,
     seed: int = 0,
     force: bool = False,
@@ -48,6 +53,7 @@ def find(
         pairs: clean and corrupted prompts to search on; evaluate on others.
         method: a method with its settings, such as `EAPIG(steps=10)`, or its name (`METHODS`).
         ablation, direction, metric: see `Engine`.
+        controls: also make the control rankings (rankings.py), which costs the search twice more.
         draws: bootstrap draws over prompts that are kept; 0 for none.
         seed: of the draws, and of what a method draws.
         force: search although the model does not do the task.
@@ -64,7 +70,24 @@ def find(
         clean, corrupted = (engine.full, engine.empty) if direction == "noise" else (engine.empty, engine.full)
         require_behaviour(engine.metric, clean, corrupted)
     values, resampled = average(engine, method, draws, seed)
-    return Scores(engine.graph, values, method.level, resampled, {}, about(engine, method, seed))
+    made = rankings(engine, method, seed) if controls else {}
+    return Scores(engine.graph, values, method.level, resampled, made, about(engine, method, seed), engine.ablation)
+
+
+def rankings(engine: Engine, method: Method, seed: int) -> dict[str, Tensor]:
+    """`[edge]` by control; labels cannot be swapped where pairs have no wrong answers."""
+
+    def again(pairs: PromptPairs) -> Tensor:
+        return score(
+            Engine(engine.graph, pairs, engine.ablation, engine.direction, engine.metric, engine.max_bytes), method
+        )
+
+    made = {"norm": by_norm(engine, seed)}
+    with reinitialised(engine.model, seed):
+        made["reinitialised"] = again(engine.pairs)
+    if engine.pairs.answers.has_wrong:
+        made["swapped-labels"] = again(swap_labels(engine.pairs, seed))
+    return made
 
 
 def as_method(method: Method | str) -> Method:
@@ -106,6 +129,7 @@ def about(engine: Engine, method: Method, seed: int) -> dict:
         "metric": engine.metric.name,
         "seed": seed,
         "pairs_sha256": engine.pairs.hash(),
+        "pair_hashes": pair_hashes(engine.pairs),
         "graph": {"qkv": graph.qkv, "mlp": graph.mlp, "positions": graph.positions, "places": list(graph.places)},
         "baseline": {"full": float(engine.full.mean()), "empty": float(engine.empty.mean())},
     }

@@ -8,6 +8,7 @@
 4. *Inclusion*: the share of bootstrap draws over prompts in which an edge is selected.
 """
 
+import hashlib
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +19,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mechinterp.circuits.ablations import Ablation
 from mechinterp.circuits.circuit import Circuit
 from mechinterp.circuits.graph import Graph
 from mechinterp.errors import UserError
+from mechinterp.tasks.pairs import PromptPairs
 
 By = Literal["absolute", "signed"]
 Connect = Literal["top", "greedy"]
@@ -37,6 +40,7 @@ class Scores:
         draws: `[draw edge]` scores over resampled prompts; none where the method does not score prompts apart.
         rankings: control -> `[edge]` scores made from the same pairs without what the scores claim to know.
         about: model, task, method, ablation, direction, metric, seed, …, as plain values.
+        ablation: the values that cut edges carried, for evaluation by the same.
     """
 
     graph: Graph
@@ -45,6 +49,7 @@ class Scores:
     draws: Tensor
     rankings: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    ablation: Ablation = field(default_factory=Ablation)
 
     def __post_init__(self) -> None:
         expected = self.graph.n_edges if self.level == "edge" else self.graph.n_nodes
@@ -150,6 +155,17 @@ class Scores:
 
     def __repr__(self) -> str:
         return f"{self.summary()}\n{self.top(10).to_string(index=False, float_format='%.3g')}"
+
+
+def pair_hashes(pairs: PromptPairs) -> list[str]:
+    """One short hash of each pair, both sides: so that an evaluation can tell which pairs were searched on."""
+    made = []
+    for i in range(len(pairs)):
+        digest = hashlib.sha256()
+        for side in (pairs.clean, pairs.corrupted):
+            digest.update(side.tokens[i][side.real[i]].cpu().numpy().tobytes())
+        made.append(digest.hexdigest()[:12])
+    return made
 
 
 def choose(

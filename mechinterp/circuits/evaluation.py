@@ -1,0 +1,355 @@
+"""How faithful circuits of every size are, on pairs that they were not searched on, beside controls.
+
+1. f(C) = (m(C) − m(∅)) / (m(M) − m(∅)) with m the mean metric over prompts, ∅ every edge ablated, M the whole model.
+2. The curve is taken over MIB's grid of sizes, int(k·E) edges, dead edges pruned afterwards (Mueller et al. 2025, "MIB:
+   a mechanistic interpretability benchmark"). CMD = ∫ |1 − f| dk of the top edges by *absolute* score, CPR = ∫ f dk
+   of those by *signed* score, both by the trapezoid rule; never both from one selection. CPR grows when edges that hurt
+   are left out, so it can exceed 1: read CMD first.
+3. Intervals are over prompts, which were not searched on: pairs that were are dropped, and their number is said.
+4. Beside the metric: accuracy, and KL(model ‖ circuit) over the whole vocabulary.
+5. Controls of the same size: the rankings that `find` made, and rewirings of the found circuit that keep every node's
+   degree and every pair of layers (rewiring.py). The difference to each is paired over prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechinterp.circuits.ablations import Ablation, Direction, as_direction
+from mechinterp.circuits.circuit import Circuit
+from mechinterp.circuits.engine import Engine
+from mechinterp.circuits.graph import Graph
+from mechinterp.circuits.rewiring import rewire
+from mechinterp.circuits.scores import Scores, pair_hashes
+from mechinterp.errors import UserError
+from mechinterp.evaluation import provenance, templates_of
+from mechinterp.hooked.suffix import Read
+from mechinterp.metrics import KL, LogitDiff, Metric
+from mechinterp.results import Result, plain
+from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_difference, resampling_weights
+from mechinterp.tasks.pairs import PromptPairs
+
+GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SELECTIONS = ("absolute", "signed")
+REWIRINGS = 5
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Result):
+    """Faithfulness by selection and size.
+
+    `data` holds, over `selection` ("absolute", "signed") and `size` (share of the edges): `faithfulness`, `ci_low`,
+    `ci_high` (95%), `edges` (after pruning), `accuracy`, `kl`, and `metric` with a further axis `prompt`; over `prompt`
+    alone `full` and `empty`. `about` holds `cmd` and `cpr` with their intervals, `controls` and how all was run.
+    """
+
+    def top(self, n: int = 12) -> pd.DataFrame:
+        """One row a size of the absolute selection, with its interval."""
+        names = ["edges", "faithfulness", "ci_low", "ci_high", "accuracy", "kl"]
+        frame = pd.DataFrame({"size": self.data["size"].values})
+        for name in names:
+            frame[name] = self.data[name].sel(selection="absolute").values
+        return frame.head(n)
+
+    def controls(self) -> pd.DataFrame:
+        """One row a control: its faithfulness, and by how much the found circuit's differs, paired over prompts."""
+        return pd.DataFrame(self.about["controls"])
+
+    def summary(self) -> str:
+        """One line: CMD, CPR, and the circuit that controls were compared with."""
+        cmd, cpr = self.about["cmd"], self.about["cpr"]
+        ends = [
+            f"{name} {one['value']:.3f} [{one['ci_low']:.3f}, {one['ci_high']:.3f}]"
+            for name, one in (("CMD", cmd), ("CPR", cpr))
+            if one["value"] is not None
+        ]
+        return (
+            f"{self.about['method']} on {self.about['task']}, {self.about['ablation']} {self.about['direction']}: "
+            f"{', '.join(ends) or 'undefined: the two runs do not differ'} "
+            f"(n={self.about['n_prompts']} held-out pairs, 95% {self.about['scope']})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        curves = {}
+        for name in self.data["selection"].values.tolist():
+            one = self.data.sel(selection=name)
+            arrays = {key: plain(one[key]) for key in ("faithfulness", "ci_low", "ci_high", "edges", "accuracy", "kl")}
+            curves[name] = {"k": one["size"].values.tolist(), "value": arrays.pop("faithfulness"), **arrays}
+        about = dict(self.about)
+        cmd, cpr, controls = about.pop("cmd"), about.pop("cpr"), about.pop("controls")
+        return {
+            "cmd": cmd["value"],
+            "cmd_ci": [cmd["ci_low"], cmd["ci_high"]],
+            "cpr": cpr["value"],
+            "cpr_ci": [cpr["ci_low"], cpr["ci_high"]],
+            "faithfulness": curves,
+            "baseline": about.pop("baseline"),
+            "controls": {f"{row['control']}@{row['size']:g}": row for row in controls},
+            **about,
+        }
+
+
+def evaluate(
+    scores: Scores,
+    pairs: PromptPairs,
+    *,
+    sizes: Sequence[float] = GRID,
+    control_sizes: Sequence[float] = (0.02,),
+    ablation: Ablation | str | None = None,
+    direction: Direction | None = None,
+    metric: Metric | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    max_bytes: int | None = None,
+) -> Evaluation:
+    """Faithfulness over the grid of sizes, CMD, CPR and controls.
+
+    Args:
+        scores: from `find`.
+        pairs: held out: those that the scores came from are dropped.
+        sizes: shares of the edges.
+        control_sizes: sizes at which controls are evaluated.
+        ablation, direction, metric: as in the search by default.
+        seed: of intervals and rewirings.
+        progress: show a progress bar.
+        max_bytes: memory of a call.
+
+    Raises:
+        UserError: no pair is held out; an ablation whose values the scores do not carry; see `Engine`.
+    """
+    held_out, dropped = _held_out(scores, pairs)
+    asked = scores.ablation if ablation is None else Ablation.of(ablation)
+    direction = as_direction(direction or scores.about.get("direction", "noise"))
+    metric = scores.about.get("metric") if metric is None else metric
+    runner = Runner.of(scores.graph, held_out, asked, direction, metric, max_bytes)
+    chosen = {(by, k): scores.select(float(k), by=by) for by in SELECTIONS for k in sizes}  # type: ignore[arg-type]
+    rivals = _rivals(scores, control_sizes, seed)
+    with tqdm(total=len(chosen) + len(rivals), desc="evaluate", unit="circuit", disable=not progress) as bar:
+        runs = {key: runner.run(circuit, bar) for key, circuit in chosen.items()}
+        others = {key: runner.run(circuit, bar) for key, circuit in rivals.items()}
+    data = _curves(runner, chosen, runs, sizes, seed)
+    engine = runner.engine
+    about = provenance(scores.graph.model, held_out) | {
+        "method": scores.about.get("method"),
+        "ablation": str(engine.ablation),
+        "direction": engine.direction,
+        "metric": engine.metric.name,
+        "seed": seed,
+        "dropped": dropped,
+        "scope": interval_scope(templates_of(held_out)),
+        "baseline": {"full": float(runner.full.mean()), "empty": float(runner.empty.mean())},
+        "cmd": _area(runner, data, "absolute", seed),
+        "cpr": _area(runner, data, "signed", seed),
+        "controls": _compared(runner, scores, runs, others, control_sizes, seed),
+    }
+    return Evaluation(data, about)
+
+
+def faithfulness(
+    circuit: Circuit, pairs: PromptPairs, *, ablation: Ablation | str | None = None,
+    direction: Direction | None = None, metric: Metric | str | None = None, seed: int = 0,
+) -> dict[str, float | None]:  # fmt: skip
+    """Of one circuit: `faithfulness`, `ci_low`, `ci_high`, `accuracy`, `kl`, `full`, `empty`, `metric`; a single
+    circuit has no curve. Arguments as in `evaluate`."""
+    about = circuit.about
+    asked = Ablation.of(ablation if ablation is not None else str(about.get("ablation", "resample")))
+    direction = as_direction(direction or about.get("direction", "noise"))
+    runner = Runner.of(circuit.graph, pairs, asked, direction, metric or about.get("metric"))
+    run = runner.run(circuit)
+    found = runner.ratio(run.metric[None], seed)
+    values = {name: float(one[0]) for name, one in zip(("faithfulness", "ci_low", "ci_high"), found, strict=True)}
+    ends = {"full": float(runner.full.mean()), "empty": float(runner.empty.mean()), "metric": float(run.metric.mean())}
+    return plain({**values, "accuracy": run.accuracy, "kl": run.kl, **ends})
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a circuit does: `[prompt]` metric, and the means of accuracy and KL (None where undefined)."""
+
+    metric: np.ndarray
+    accuracy: float | None
+    kl: float
+
+
+class Runner:
+    """Runs circuits on pairs, each distinct one once.
+
+    Attributes:
+        engine: reads the whole vocabulary where the task reads.
+        full, empty: `[prompt]` metric of the whole model and of none of its edges.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine, self._done = engine, dict[bytes, Run]()
+        graph = engine.graph
+        self._clean = engine.clean_logits
+        ones, zeros = torch.ones(graph.n_edges, dtype=torch.bool), torch.zeros(graph.n_edges, dtype=torch.bool)
+        self.full, self.empty = (self._run(kept).metric for kept in (ones, zeros))
+
+    @classmethod
+    def of(
+        cls,
+        graph: Graph,
+        pairs: PromptPairs,
+        ablation: Ablation,
+        direction: Direction,
+        metric: Metric | str | None,
+        max_bytes: int | None = None,
+    ) -> "Runner":
+        """An engine that reads the whole vocabulary."""
+        probe = Engine(graph, pairs, ablation, direction, metric, max_bytes)
+        whole = Read(probe.metric.read(probe.pairs).positions)
+        return cls(Engine(graph, pairs, ablation, direction, metric, max_bytes, read=whole))
+
+    def run(self, circuit: Circuit, bar: tqdm | None = None) -> Run:
+        """Metric, accuracy and KL of a circuit."""
+        made = self._run(circuit.kept)
+        if bar is not None:
+            bar.update()
+        return made
+
+    def _run(self, kept: Tensor) -> Run:
+        key = kept.numpy().tobytes()
+        if key not in self._done:
+            engine = self.engine
+            # Denoising restores a circuit into the corrupted run: there, what is kept is what is taken from the clean.
+            inside = kept if engine.direction == "noise" else ~kept
+            logits = engine.logits(engine.graph.mask(inside.float()[None]))[0]
+            self._done[key] = self._measure(logits)
+        return self._done[key]
+
+    def _measure(self, logits: Tensor) -> Run:
+        pairs, metric = self.engine.pairs, self.engine.metric
+        columns = metric.columns(pairs.answers)
+        values = metric(_take(logits, columns), pairs.answers, _take(self._clean, columns))
+        accuracy = None
+        if pairs.answers.has_wrong:
+            gap = LogitDiff()(_take(logits, LogitDiff().columns(pairs.answers)), pairs.answers)
+            accuracy = float((gap > 0).double().mean())
+        return Run(values.double().numpy(), accuracy, float(KL()(logits, pairs.answers, self._clean).mean()))
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """`[prompt]` templates."""
+        return templates_of(self.engine.pairs)
+
+    def ratio(self, metric: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`[circuit]` faithfulness and the limits of its interval, from `[circuit prompt]`."""
+        found = bootstrap_ratio(metric - self.empty, self.full - self.empty, self.clusters, seed=seed)
+        return found.estimate, found.low, found.high
+
+
+def _take(logits: Tensor, columns: Tensor | None) -> Tensor:
+    return logits if columns is None else logits.gather(-1, columns.to(logits.device))
+
+
+def _held_out(scores: Scores, pairs: PromptPairs) -> tuple[PromptPairs, int]:
+    """The pairs that were not searched on, and how many were."""
+    searched = set(scores.about.get("pair_hashes", ()))
+    keep = [i for i, one in enumerate(pair_hashes(pairs)) if one not in searched]
+    if not keep:
+        raise UserError(
+            f"all {len(pairs)} pairs were searched on: faithfulness needs others, such as another --seed of the task"
+        )
+    return (pairs if len(keep) == len(pairs) else pairs.take(torch.tensor(keep))), len(pairs) - len(keep)
+
+
+def _rivals(scores: Scores, sizes: Sequence[float], seed: int) -> dict[tuple[str, float, int], Circuit]:
+    """Control circuits by name, size and draw."""
+    made = {}
+    for k in sizes:
+        for name in scores.rankings:
+            made[name, k, 0] = scores.select(float(k), ranking=name)
+        found = scores.select(float(k))
+        for draw in range(REWIRINGS):
+            made["rewired", k, draw] = rewire(found, seed * REWIRINGS + draw)
+    return made
+
+
+def _curves(
+    runner: Runner,
+    chosen: dict[tuple[str, float], Circuit],
+    runs: dict[tuple[str, float], Run],
+    sizes: Sequence[float],
+    seed: int,
+) -> xr.Dataset:
+    def grid(of: Any) -> np.ndarray:
+        return np.array([[of(by, k) for k in sizes] for by in SELECTIONS])
+
+    metric = grid(lambda by, k: runs[by, k].metric)
+    estimate, low, high = runner.ratio(metric, seed)
+    over = ("selection", "size")
+    undefined = float("nan")
+    arrays = {
+        "faithfulness": (over, estimate),
+        "ci_low": (over, low),
+        "ci_high": (over, high),
+        "edges": (over, grid(lambda by, k: len(chosen[by, k]))),
+        "accuracy": (over, grid(lambda by, k: undefined if runs[by, k].accuracy is None else runs[by, k].accuracy)),
+        "kl": (over, grid(lambda by, k: runs[by, k].kl)),
+        "metric": ((*over, "prompt"), metric),
+        "full": ("prompt", runner.full),
+        "empty": ("prompt", runner.empty),
+    }
+    return xr.Dataset(arrays, coords={"selection": list(SELECTIONS), "size": [float(k) for k in sizes]})
+
+
+def _area(runner: Runner, data: xr.Dataset, selection: str, seed: int, draws: int = 2000) -> dict[str, float | None]:
+    """CMD of the absolute selection or CPR of the signed one, with its interval over prompts."""
+    sizes, metric = data["size"].values, data["metric"].sel(selection=selection).values
+    whole = runner.full - runner.empty
+    if not np.isfinite(data["faithfulness"].values).all():
+        return {"value": None, "ci_low": None, "ci_high": None}
+
+    def area(weights: np.ndarray) -> np.ndarray:
+        curve = ((metric - runner.empty) @ weights.T / (whole @ weights.T)).T
+        return np.asarray(np.trapezoid(np.abs(1 - curve) if selection == "absolute" else curve, sizes, axis=-1))
+
+    n = len(whole)
+    resampled = area(resampling_weights(n, runner.clusters, draws, seed)) if n > 1 else np.full(1, np.nan)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return plain({"value": float(area(np.ones((1, n)))[0]), "ci_low": float(low), "ci_high": float(high)})
+
+
+def _compared(
+    runner: Runner,
+    scores: Scores,
+    runs: dict[tuple[str, float], Run],
+    others: dict[tuple[str, float, int], Run],
+    sizes: Sequence[float],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """One row a control and size: faithfulness, and the paired difference of the found circuit to it."""
+    rows = []
+    whole = (runner.full - runner.empty).mean()
+    for k in sizes:
+        found = runs["absolute", k].metric if ("absolute", k) in runs else runner.run(scores.select(float(k))).metric
+        for name in dict.fromkeys(name for name, _, _ in others):
+            metric = np.mean([one.metric for (other, at, _), one in others.items() if (other, at) == (name, k)], 0)
+            estimate, low, high = runner.ratio(metric[None], seed)
+            gap = paired_difference(found, metric, runner.clusters, seed=seed)
+            sides = [float(side) / float(whole) for side in (gap.estimate, gap.low, gap.high)]
+            rows.append(
+                plain(
+                    {
+                        "control": name,
+                        "size": float(k),
+                        "faithfulness": float(estimate[0]),
+                        "ci_low": float(low[0]),
+                        "ci_high": float(high[0]),
+                        "difference": sides[0],
+                        "difference_low": min(sides[1:]),
+                        "difference_high": max(sides[1:]),
+                        "differs": bool(min(sides[1:]) > 0 or max(sides[1:]) < 0),
+                    }
+                )
+            )
+    return rows

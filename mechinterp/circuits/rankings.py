@@ -1,0 +1,96 @@
+"""Control rankings: orders of the edges that know less than the scores claim to know, made from the same pairs.
+
+A random circuit cuts every path and scores 0 for free, so it is no control. These are orders that a sceptic would try:
+
+- *norm*: ‖a_u − s_u‖ of the source alone, its destinations in a random order: where the two runs differ at all.
+- *reinitialised*: the same method on the model with its weights drawn anew, each matrix with its own spread.
+- *swapped-labels*: the same method with answer and wrong answer exchanged in a random half of the prompts: what matters
+  for these prompts, whatever the question is.
+
+All of them are evaluated on the trained model and the true labels.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mechinterp.circuits.engine import Engine
+from mechinterp.circuits.methods import Method
+from mechinterp.errors import UserError
+from mechinterp.hooked.model import HookedModel
+from mechinterp.tasks.pairs import PromptPairs
+
+RANKINGS = ("norm", "reinitialised", "swapped-labels")
+
+
+def by_norm(engine: Engine, seed: int) -> Tensor:
+    """`[edge]` mean over prompts of ‖a_u − s_u‖ at an edge's places."""
+    graph = engine.graph
+    total = torch.zeros(len(graph.sources), len(graph.places))
+    for part in engine.parts():
+        place = engine.place[part.index][:, part.start :]
+        real = engine.base.real[part.index.to(engine.base.tokens.device)][:, part.start :].cpu()
+        squares = part.squared_differences.cpu()  # [source batch pos]
+        for number in range(len(graph.places)):
+            here = (place == number) & real
+            total[:, number] += (squares * here).sum(-1).sqrt().sum(-1)
+    norms = (total / len(engine))[graph.edges[:, 1], graph.edges[:, 2]]
+    # Edges out of one node are equal: a factor too small to change the order of nodes decides between them.
+    draw = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(seed))
+    return norms * (1 + 1e-6 * draw)
+
+
+def swap_labels(pairs: PromptPairs, seed: int) -> PromptPairs:
+    """Answer and wrong answer exchanged in a random half of the prompts.
+
+    Raises:
+        UserError: pairs without wrong answers.
+    """
+    if not pairs.answers.has_wrong:
+        raise UserError("swapped labels need a wrong answer for every pair; found pairs without")
+    swap = torch.zeros(len(pairs), dtype=torch.bool)
+    swap[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[: len(pairs) // 2]] = True
+    at, ours = swap[:, None, None].to(pairs.answers.answer.device), pairs.answers
+    return replace(
+        pairs,
+        answers=replace(
+            ours,
+            answer=torch.where(at, ours.wrong, ours.answer),
+            wrong=torch.where(at, ours.answer, ours.wrong),
+            answer_weight=torch.where(at, ours.wrong_weight, ours.answer_weight),
+            wrong_weight=torch.where(at, ours.answer_weight, ours.wrong_weight),
+        ),
+    )
+
+
+@contextmanager
+def reinitialised(model: HookedModel, seed: int) -> Iterator[HookedModel]:
+    """The model with every matrix drawn anew from a normal of its own mean and spread; its weights come back at the
+    end. Norms and biases stay."""
+    parameters = {id(one): one for one in [*model.bridge.original_model.parameters(), *model.bridge.parameters()]}
+    matrices = [one for one in parameters.values() if one.ndim >= 2]
+    kept = [one.detach().clone() for one in matrices]
+    draw = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            for one in matrices:
+                noise = torch.randn(one.shape, generator=draw).to(one)
+                one.copy_(one.mean() + noise * one.std())
+        yield model
+    finally:
+        with torch.no_grad():
+            for one, old in zip(matrices, kept, strict=True):
+                one.copy_(old)
+
+
+def score(engine: Engine, method: Method) -> Tensor:
+    """`[edge]` mean scores over an engine's prompts; those of nodes are given to their edges."""
+    total, n = torch.zeros(()), 0
+    for index, scores in method.scores(engine):
+        total = total + scores.float().cpu().sum(0)
+        n += len(index) if method.per_prompt else 1
+    values = total / n
+    return values if method.level == "edge" else values[engine.graph.node_of]
