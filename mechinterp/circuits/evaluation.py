@@ -7,8 +7,8 @@
    are left out, so it can exceed 1: read CMD first.
 3. Intervals are over prompts, which were not searched on: pairs that were are dropped, and their number is said.
 4. Beside the metric: accuracy, and KL(model ‖ circuit) over the whole vocabulary.
-5. Controls of the same size: the rankings that `find` made, and rewirings of the found circuit that keep every node's
-   degree and every pair of layers (rewiring.py). The difference to each is paired over prompts.
+5. Controls of the same size: the rankings that `find` made (rankings.py), rewirings of the found circuit, and the found
+   circuit on other heads (rewiring.py). The difference to each is paired over prompts.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from mechinterp.circuits.ablations import Ablation, Direction, as_direction
 from mechinterp.circuits.circuit import Circuit
 from mechinterp.circuits.engine import Engine
 from mechinterp.circuits.graph import Graph
-from mechinterp.circuits.rewiring import rewire
+from mechinterp.circuits.rewiring import permute_heads, rewire
 from mechinterp.circuits.scores import Scores, pair_hashes
 from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance, templates_of
@@ -270,7 +270,8 @@ def _rivals(scores: Scores, sizes: Sequence[float], seed: int) -> dict[tuple[str
             made[name, k, 0] = scores.select(float(k), ranking=name)
         found = scores.select(float(k))
         for draw in range(REWIRINGS):
-            made["rewired", k, draw] = rewire(found, seed * REWIRINGS + draw)
+            for name, make in (("rewired", rewire), ("permuted-heads", permute_heads)):
+                made[name, k, draw] = make(found, seed * REWIRINGS + draw)
     return made
 
 
