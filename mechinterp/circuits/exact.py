@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechinterp.circuits.engine import Engine, Part
-from mechinterp.circuits.graph import Destination, Source
+from mechinterp.circuits.graph import Destination, Graph, Source
 from mechinterp.circuits.methods import Method, helps
 from mechinterp.hooked.forward import Edit
 from mechinterp.hooked.interventions import Rows
@@ -59,7 +59,7 @@ def edge_changes(part: Part, edges: Tensor) -> Tensor:
     if graph.qkv == "ungrouped":
         return _by_masks(part, edges)
     destinations, sources, places = graph.edges[edges].T.tolist()
-    targets = [_reads(part, graph.destinations[v]) for v in destinations]
+    targets = [reads(graph, graph.destinations[v]) for v in destinations]
     return _changes(part, targets, sources, places)
 
 
@@ -70,9 +70,9 @@ def node_changes(part: Part, nodes: Tensor) -> Tensor:
     return _changes(part, [_writes(part.graph.sources[u]) for u in sources], sources, places)
 
 
-def _reads(part: Part, one: Destination) -> list[Target]:
+def reads(graph: Graph, one: Destination) -> list[Target]:
     """The inputs that an edge into this destination changes."""
-    model = part.model
+    model = graph.model
     if one.input == "logits":
         return [(Site("resid_post", model.n_layers - 1), None)]
     if one.input == "mlp":
