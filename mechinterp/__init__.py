@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mechinterp import (
         ablation,
+        circuits,
         evaluation,
         heads,
         lens,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # Public name -> module that holds it; None: the name is itself a module.
 _HOMES: dict[str, str | None] = {
     "ablation": None,
+    "circuits": None,
     "evaluation": None,
     "heads": None,
     "lens": None,
@@ -80,6 +82,7 @@ __all__ = [
     "ablation",
     "baseline",
     "check",
+    "circuits",
     "evaluate",
     "evaluation",
     "heads",

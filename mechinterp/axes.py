@@ -25,6 +25,13 @@ AXES = {
     "kind": "kinds of attention patterns",
     "token": "tokens of a sample of the vocabulary",
     "rank": "places in an ordering, best first",
+    "place": "positions or roles at which edges are told apart; one where they are not",
+    "node": "sources at places",
+    "circuit": "subsets of the edges that are run together",
+    "selection": "orders that circuits are selected by: absolute or signed scores",
+    "size": "shares of the edges that a circuit keeps",
+    "protocol": "ways to measure faithfulness: level, ablation, direction, positions",
+    "row": "rows of a table: a property and what it is of",
     "source": "nodes that write into the residual stream",
     "destination": "nodes that read from the residual stream",
 }
