@@ -8,8 +8,9 @@
   interpretability"); see learned_ablation.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +64,29 @@ class Ablation:
         made = asked if isinstance(asked, Ablation) else cls(asked)  # type: ignore[arg-type]
         if made.kind == "learned" and made.vectors is None:
             raise UserError("ablation 'learned' needs its vectors: give circuits.learn_ablation(graph, pairs)")
+        return made
+
+    @classmethod
+    def described(cls, about: Mapping[str, Any], asked: "Ablation | str | None" = None) -> "Ablation":
+        """What is asked for, or else what `about` of scores or a circuit says that it was made with.
+
+        Raises:
+            UserError: see `of`; means over other prompts than the pairs' own, which `about` cannot hold.
+        """
+        if asked is not None:
+            return cls.of(asked)
+        over = about.get("ablation_over", "corrupted")
+        if over not in ("clean", "corrupted"):
+            raise UserError(
+                "this circuit's means are over prompts that it does not carry: give the ablation again"
+            )
+        return cls.of(cls(about.get("ablation", "resample"), over, about.get("ablation_by")))
+
+    def about(self) -> dict[str, str | None]:
+        """As plain values, under names of their own."""
+        made: dict[str, str | None] = {"ablation": self.kind}
+        if self.kind == "mean":
+            made |= {"ablation_over": self.over if isinstance(self.over, str) else "other", "ablation_by": self.by}
         return made
 
     def __str__(self) -> str:

@@ -82,7 +82,7 @@ class Circuit:
         Raises:
             UserError: no corrupted prompts where they are needed, or other lengths.
         """
-        asked = Ablation.of(ablation if ablation is not None else str(self.about.get("ablation", "resample")))
+        asked = Ablation.described(self.about, ablation)
         model = self.graph.model
         clean = model.to_prompts(text)
         if corrupted is None and asked.kind in ("resample", "mean"):

@@ -126,7 +126,7 @@ def evaluate(
         UserError: no pair is held out; an ablation whose values the scores do not carry; see `Engine`.
     """
     held_out, dropped = _held_out(scores, pairs)
-    asked = scores.ablation if ablation is None else Ablation.of(ablation)
+    asked = Ablation.described(scores.about, ablation or scores.ablation)
     direction = as_direction(direction or scores.about.get("direction", "noise"))
     metric = scores.about.get("metric") if metric is None else metric
     runner = Runner.of(scores.graph, held_out, asked, direction, metric, max_bytes)
@@ -139,7 +139,7 @@ def evaluate(
     engine = runner.engine
     about = provenance(scores.graph.model, held_out) | {
         "method": scores.about.get("method"),
-        "ablation": str(engine.ablation),
+        **engine.ablation.about(),
         "direction": engine.direction,
         "metric": engine.metric.name,
         "seed": seed,
@@ -160,7 +160,7 @@ def faithfulness(
     """Of one circuit: `faithfulness`, `ci_low`, `ci_high`, `accuracy`, `kl`, `full`, `empty`, `metric`; a single
     circuit has no curve. Arguments as in `evaluate`."""
     about = circuit.about
-    asked = Ablation.of(ablation if ablation is not None else str(about.get("ablation", "resample")))
+    asked = Ablation.described(about, ablation)
     direction = as_direction(direction or about.get("direction", "noise"))
     runner = Runner.of(circuit.graph, pairs, asked, direction, metric or about.get("metric"))
     run = runner.run(circuit)

@@ -11,12 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechinterp.circuits.ablations import Ablation, Direction
+from mechinterp.circuits.acdc import ACDC
 from mechinterp.circuits.atp_star import AtPStar
 from mechinterp.circuits.engine import Engine
 from mechinterp.circuits.exact import Exact, ExactNodes
 from mechinterp.circuits.graph import Graph
 from mechinterp.circuits.head_importance import HeadImportance
 from mechinterp.circuits.information_flow import InformationFlow
+from mechinterp.circuits.learned_masks import LearnedMask
 from mechinterp.circuits.methods import EAP, EAPIG, CleanCorrupted, EAPIGActivations, Method
 from mechinterp.circuits.rankings import by_norm, reinitialised, score, swap_labels
 from mechinterp.circuits.scores import Scores, pair_hashes
@@ -27,8 +29,13 @@ from mechinterp.statistics import resampling_weights
 from mechinterp.tasks.pairs import PromptPairs
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (EAP, EAPIG, EAPIGActivations, CleanCorrupted, Exact, ExactNodes)
-}
+    method.name: method
+    for method in (
+        EAP, EAPIG, EAPIGActivations, CleanCorrupted, Exact, ExactNodes, AtPStar, HeadImportance, InformationFlow, ACDC,
+        LearnedMask,
+    )
+}  # fmt: skip
+
 
 
 def find(
@@ -117,19 +124,20 @@ def average(engine: Engine, method: Method, draws: int, seed: int) -> tuple[Tens
 
 
 def about(engine: Engine, method: Method, seed: int) -> dict:
-    """How scores were made, as plain values."""
-    graph = engine.graph
+    """How scores were made, as plain values; `full` is the whole model, `empty` none of its edges."""
+    graph, ends = engine.graph, [float(engine.full.mean()), float(engine.empty.mean())]
+    ends = ends if engine.direction == "noise" else ends[::-1]
     return provenance(graph.model, engine.pairs) | {
         "weights_sha256": graph.model.weights_hash(),
         "method": method.name,
         "settings": dict(vars(method)),
         "level": method.level,
-        "ablation": str(engine.ablation),
+        **engine.ablation.about(),
         "direction": engine.direction,
         "metric": engine.metric.name,
         "seed": seed,
         "pairs_sha256": engine.pairs.hash(),
         "pair_hashes": pair_hashes(engine.pairs),
         "graph": {"qkv": graph.qkv, "mlp": graph.mlp, "positions": graph.positions, "places": list(graph.places)},
-        "baseline": {"full": float(engine.full.mean()), "empty": float(engine.empty.mean())},
+        "baseline": dict(zip(("full", "empty"), ends, strict=True)),
     }

@@ -95,7 +95,7 @@ def properties(
         UserError: no class, or a node that the graph does not have.
     """
     about, graph = circuit.about, circuit.graph
-    asked = Ablation.of(ablation if ablation is not None else str(about.get("ablation", "resample")))
+    asked = Ablation.described(about, ablation)
     runner = Runner.of(
         graph, pairs, asked, as_direction(direction or about.get("direction", "noise")), metric or about.get("metric")
     )
@@ -107,7 +107,7 @@ def properties(
     described = provenance(graph.model, pairs) | {
         "classes": {name: list(members) for name, members in classes.items()},
         "edges": len(circuit),
-        "ablation": str(runner.engine.ablation),
+        **runner.engine.ablation.about(),
         "direction": runner.engine.direction,
         "metric": runner.engine.metric.name,
         "draws": draws,

@@ -40,7 +40,7 @@ class Scores:
         draws: `[draw edge]` scores over resampled prompts; none where the method does not score prompts apart.
         rankings: control -> `[edge]` scores made from the same pairs without what the scores claim to know.
         about: model, task, method, ablation, direction, metric, seed, …, as plain values.
-        ablation: the values that cut edges carried, for evaluation by the same.
+        ablation: the values that cut edges carried; None: as `about` says.
     """
 
     graph: Graph
@@ -49,7 +49,7 @@ class Scores:
     draws: Tensor
     rankings: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
-    ablation: Ablation = field(default_factory=Ablation)
+    ablation: Ablation | None = None
 
     def __post_init__(self) -> None:
         expected = self.graph.n_edges if self.level == "edge" else self.graph.n_nodes

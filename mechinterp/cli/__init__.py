@@ -13,6 +13,7 @@ import tyro
 
 from mechinterp import __version__
 from mechinterp.cli.analyses import Ablate, Attention, Dla, Heads, Lens, Patch, Steer, Tune
+from mechinterp.cli.circuits import Circuit
 from mechinterp.cli.flags import Switch
 from mechinterp.cli.models import Check, Models, Report, Sites
 from mechinterp.errors import UserError
@@ -37,6 +38,7 @@ SUBCOMMANDS = {
     "ablate": Ablate,
     "attention": Attention,
     "steer": Steer,
+    "circuit": Circuit,
     "report": Report,
 }
 
@@ -52,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mechinterp {__version__}")
         return 0
     asked = tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS, prog="mechinterp", description=DESCRIPTION, args=given or ["--help"]
+        SUBCOMMANDS,
+        prog="mechinterp",
+        description=DESCRIPTION,
+        args=given or ["--help"],
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     try:
         asked.check_flags()

@@ -44,11 +44,9 @@ class Command:
 
 
 @dataclass(frozen=True)
-class OnModel(Command):
-    """What every command that loads a model takes."""
+class ModelFlags(Command):
+    """How a model is loaded."""
 
-    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A name (`mechinterp models` lists those that are here), a model folder, a GGUF file, or a hub name."""
     device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE")] = None
     """cpu, cuda, cuda:1, mps. By default CUDA where there is one."""
     dtype: DTypeName = "float32"
@@ -73,9 +71,17 @@ class OnModel(Command):
             raise UserError("--bos and --no-bos were both given; give one, or neither for the tokenizer's own default")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnModel(ModelFlags):
+    """What every command that loads a model takes."""
+
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A name (`mechinterp models` lists those that are here), a model folder, a GGUF file, or a hub name."""
+
+
 @dataclass(frozen=True)
-class OnPairs(OnModel):
-    """What every command that runs prompt pairs takes."""
+class PairsFlags(Command):
+    """Which prompt pairs to run."""
 
     pairs: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Prompt pairs as JSON lines: clean, corrupted, answer, wrong, and optionally roles and targets."""
@@ -98,6 +104,11 @@ class OnPairs(OnModel):
         if self.pairs is not None:
             found = len(read_pairs_file(self.pairs))
             require((self.n or 1) <= found, f"--n {self.n} was asked for, but {self.pairs} holds {found} pairs")
+
+
+@dataclass(frozen=True)
+class OnPairs(PairsFlags, OnModel):
+    """What every command that runs prompt pairs on a model takes."""
 
 
 def parse_layers(text: str | None, flag: str = "--layers") -> list[int] | None:

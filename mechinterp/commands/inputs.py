@@ -3,7 +3,7 @@
 import torch
 
 from mechinterp import tasks
-from mechinterp.cli.flags import OnModel, OnPairs
+from mechinterp.cli.flags import ModelFlags, OnModel, PairsFlags
 from mechinterp.hooked.model import HookedModel
 from mechinterp.models import load
 from mechinterp.tasks.pairs import PromptPairs
@@ -13,15 +13,17 @@ N_DEFAULT = 32
 
 def load_model(args: OnModel) -> HookedModel:
     """The model, its header printed: what was run, on what, with or without BOS."""
-    model = load(
-        args.model, device=args.device, dtype=args.dtype, bos=args.prepend_bos, process=args.process,
-        revision=args.revision,
-    )  # fmt: skip
+    return load_named(args.model, args, args.prepend_bos)
+
+
+def load_named(name: str, args: ModelFlags, bos: bool | None) -> HookedModel:
+    """A model whose name does not come from the command line; its header is printed."""
+    model = load(name, device=args.device, dtype=args.dtype, bos=bos, process=args.process, revision=args.revision)
     print(model.header(), flush=True)
     return model
 
 
-def load_pairs(model: HookedModel, args: OnPairs) -> PromptPairs:
+def load_pairs(model: HookedModel, args: PairsFlags) -> PromptPairs:
     """The pairs of --pairs or --task; what they are is printed, with the first one by token."""
     pairs = _pairs(model, args)
     roles = f", roles {' '.join(pairs.roles)}" if pairs.roles else ""
@@ -30,7 +32,7 @@ def load_pairs(model: HookedModel, args: OnPairs) -> PromptPairs:
     return pairs
 
 
-def _pairs(model: HookedModel, args: OnPairs) -> PromptPairs:
+def _pairs(model: HookedModel, args: PairsFlags) -> PromptPairs:
     if args.pairs is not None:
         pairs = tasks.from_file(model, args.pairs, seed=args.seed)
         return pairs if args.n is None else pairs.take(torch.arange(args.n))
