@@ -37,7 +37,6 @@ METHODS: dict[str, type[Method]] = {
 }  # fmt: skip
 
 
-
 def find(
     graph: Graph,
     pairs: PromptPairs,
@@ -78,7 +77,8 @@ def find(
         require_behaviour(engine.metric, clean, corrupted)
     values, resampled = average(engine, method, draws, seed)
     made = rankings(engine, method, seed) if controls else {}
-    return Scores(engine.graph, values, method.level, resampled, made, about(engine, method, seed), engine.ablation)
+    told = about(engine, method, seed)
+    return Scores(engine.graph, values, method.level, resampled, made, told, engine.ablation, pairs)
 
 
 def rankings(engine: Engine, method: Method, seed: int) -> dict[str, Tensor]:

@@ -19,8 +19,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mechinterp.circuits.ablations import Ablation
+from mechinterp.circuits.ablations import Ablation, as_direction
 from mechinterp.circuits.circuit import Circuit
+from mechinterp.circuits.engine import Engine
+from mechinterp.circuits.fidelity import Fidelity, fidelity
 from mechinterp.circuits.graph import Graph
 from mechinterp.errors import UserError
 from mechinterp.tasks.pairs import PromptPairs
@@ -41,6 +43,7 @@ class Scores:
         rankings: control -> `[edge]` scores made from the same pairs without what the scores claim to know.
         about: model, task, method, ablation, direction, metric, seed, …, as plain values.
         ablation: the values that cut edges carried; None: as `about` says.
+        pairs: that were searched on, where they are still at hand.
     """
 
     graph: Graph
@@ -50,6 +53,7 @@ class Scores:
     rankings: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     ablation: Ablation | None = None
+    pairs: PromptPairs | None = None
 
     def __post_init__(self) -> None:
         expected = self.graph.n_edges if self.level == "edge" else self.graph.n_nodes
@@ -133,6 +137,27 @@ class Scores:
         for values in self.draws:
             counted += choose(self.graph, values, self.level, edges, None, by, "top")
         return counted / len(self.draws)
+
+    def fidelity(self, n: int = 200, pairs: PromptPairs | None = None, seed: int = 0) -> Fidelity:
+        """Exact effects of a stratified sample of `n` edges beside their scores: rank correlation, error, missed mass.
+
+        Args:
+            n: edges.
+            pairs: to patch on; by default those that were searched on.
+            seed: of the sample.
+
+        Raises:
+            UserError: scores of nodes, or pairs that are no longer at hand.
+        """
+        pairs = self.pairs if pairs is None else pairs
+        if self.level != "edge":
+            raise UserError("fidelity compares edges with their exact effects; these are scores of nodes")
+        if pairs is None:
+            raise UserError("fidelity needs the pairs that were searched on, which a file does not hold: give pairs=")
+        about = self.about
+        direction, metric = as_direction(about.get("direction", "noise")), about.get("metric")
+        engine = Engine(self.graph, pairs, Ablation.described(about, self.ablation), direction, metric)
+        return fidelity(engine, self.values, n, seed)
 
     def top(self, n: int = 10) -> pd.DataFrame:
         """The units of largest |score|, with their 95% interval over prompts where there are draws."""
