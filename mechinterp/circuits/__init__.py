@@ -7,7 +7,7 @@ from mechinterp.circuits.ablations import Ablation
 from mechinterp.circuits.agreement import agreement, overlap
 from mechinterp.circuits.circuit import Circuit
 from mechinterp.circuits.engine import Engine
-from mechinterp.circuits.evaluation import Evaluation, evaluate, faithfulness
+from mechinterp.circuits.evaluation import GRID, Evaluation, evaluate, faithfulness
 from mechinterp.circuits.exact import Exact, ExactNodes
 from mechinterp.circuits.find import METHODS, find
 from mechinterp.circuits.graph import Graph
@@ -21,6 +21,7 @@ from mechinterp.circuits.scores import Scores
 __all__ = [
     "EAP",
     "EAPIG",
+    "GRID",
     "METHODS",
     "Ablation",
     "Circuit",

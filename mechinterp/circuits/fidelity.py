@@ -93,9 +93,9 @@ def fidelity(engine: Engine, scores: Tensor, n: int, seed: int) -> Fidelity:
         }
     )
     sizes = np.array([len(one) for one in members])
-    ranks = [sample[name].rank().to_numpy() for name in ("score", "exact")]
-    varies = all(np.ptp(one) > 0 for one in ranks)
-    correlation = float(np.corrcoef(*ranks)[0, 1]) if varies else None
+    ours, theirs = (sample[name].rank().to_numpy() for name in ("score", "exact"))
+    varies = np.ptp(ours) > 0 and np.ptp(theirs) > 0
+    correlation = float(np.corrcoef(ours, theirs)[0, 1]) if varies else None
     return Fidelity(sample, correlation, _missed(sample, sizes, seed), _strata(sample, sizes))
 
 
