@@ -70,7 +70,7 @@ class _Mix(torch.autograd.Function):
             return torch.matmul(cut[..., 0], read.flatten(2)).unflatten(2, resid.shape[1:]).add_(resid[:, None])
         made = resid[:, None].expand(-1, cut.shape[1], -1, -1).clone()
         for place, rows in enumerate(places):
-            if bool(cut[..., place].any()):
+            if len(rows) and bool(cut[..., place].any()):
                 mixed = torch.matmul(cut[..., place], read[:, :, rows].flatten(2))
                 made[:, :, rows] += mixed.unflatten(2, (len(rows), -1))
         return made
@@ -83,6 +83,8 @@ class _Mix(torch.autograd.Function):
         of_cut = torch.zeros_like(cut) if wants_cut else None
         places = ctx.places or [torch.arange(grad.shape[2], device=grad.device)]
         for place, rows in enumerate(places):
+            if not len(rows):  # a role that no position from the first change on has
+                continue
             whole = len(rows) == grad.shape[2]
             here = (grad if whole else grad[:, :, rows]).flatten(2)
             back = torch.matmul(cut[..., place].mT, here).unflatten(2, (len(rows), -1))
