@@ -73,10 +73,12 @@ def fidelity(engine: Engine, scores: Tensor, n: int, seed: int) -> Fidelity:
         UserError: fewer edges than strata are asked for.
     """
     graph = engine.graph
-    if n < len(BOUNDS):
-        raise UserError(f"fidelity needs at least {len(BOUNDS)} edges, one a stratum; found n={n}")
+    if min(n, graph.n_edges) < len(BOUNDS):
+        raise UserError(f"fidelity needs at least {len(BOUNDS)} edges, one a stratum; found n={n} on {graph!r}")
     order = torch.argsort(scores.abs(), descending=True, stable=True)
-    ends = [max(1, int(bound * graph.n_edges)) for bound in BOUNDS]
+    ends: list[int] = []
+    for bound in BOUNDS:  # of a small graph, too, every stratum has an edge
+        ends.append(max(int(bound * graph.n_edges), (ends or [0])[-1] + 1))
     draw = torch.Generator().manual_seed(seed)
     members = [order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     chosen = [one[torch.randperm(len(one), generator=draw)[: -(-n // len(BOUNDS))]] for one in members]
@@ -125,7 +127,7 @@ def _missed(sample: pd.DataFrame, sizes: np.ndarray, seed: int, draws: int = 200
 
     def share(means: np.ndarray) -> np.ndarray:
         mass = means * sizes
-        return mass[..., LEFT_OUT:].sum(-1) / mass.sum(-1)
+        return np.asarray(mass[..., LEFT_OUT:].sum(-1) / mass.sum(-1))
 
     found = np.array([part.mean() for part in parts])
     if not found.any():
