@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -16,6 +16,9 @@ from mechinterp.errors import UserError
 from mechinterp.hooked.model import Input
 from mechinterp.hooked.suffix import Read
 from mechinterp.tasks.pairs import Answers, PromptPairs, Target
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,6 +124,12 @@ class Circuit:
         if "score" in frame:
             frame = frame.iloc[frame["score"].abs().argsort(kind="stable")[::-1]]
         return frame.head(n).reset_index(drop=True)
+
+    def figure(self) -> "go.Figure":
+        """The graph, layers from bottom to top."""
+        from mechinterp.reporting.sections.circuits import circuit_figure  # drawing lies above: only this reaches up
+
+        return circuit_figure(self)
 
     def summary(self) -> str:
         """One line: how many edges, nodes and heads."""

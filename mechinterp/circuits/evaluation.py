@@ -13,7 +13,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,9 @@ from mechinterp.metrics import KL, LogitDiff, Metric
 from mechinterp.results import Result, plain
 from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_difference, resampling_weights
 from mechinterp.tasks.pairs import PromptPairs
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SELECTIONS = ("absolute", "signed")
@@ -75,6 +78,12 @@ class Evaluation(Result):
             f"{', '.join(ends) or 'undefined: the two runs do not differ'} "
             f"(n={self.about['n_prompts']} held-out pairs, 95% {self.about['scope']})"
         )
+
+    def figure(self) -> "go.Figure":
+        """Faithfulness over the share of edges that are kept."""
+        from mechinterp.reporting.sections.circuit_evaluation import faithfulness_figure  # drawing lies above
+
+        return faithfulness_figure(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -12,6 +12,7 @@ from mechinterp.tasks.greater_than import greater_than
 from mechinterp.tasks.induction import induction
 from mechinterp.tasks.ioi import ioi
 from mechinterp.tasks.pairs import PromptPairs
+from mechinterp.tasks.planted import task_of
 
 # By their names on the command line; each takes a model, n and seed.
 TASKS: dict[str, Callable[..., PromptPairs]] = {
@@ -37,4 +38,5 @@ __all__ = [
     "induction",
     "ioi",
     "known",
+    "task_of",
 ]
