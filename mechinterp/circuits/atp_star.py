@@ -8,13 +8,14 @@ components".
 2. *Saturated attention.* A softmax near 0 or 1 has no slope, so a change that would turn a head's attention seems to
    do nothing. The query-key fix takes that part exactly: Δ_u is added to what the queries and keys of a layer read, and
    the norm, the scores and the softmax are run. With the base run's values V, the change ΔA of a head's attention
-   weights counts ⟨ΔA V, ∂m/∂z⟩, which is ⟨ΔA, ∂m/∂A⟩ with the base run's gradient. This takes the place of ⟨Δ_u, G_v⟩ at
-   queries and keys; values and MLPs stay as they are. The paper patches nodes that are queries or keys; a node of ours
-   feeds both, so both move together, as they do when the node is patched.
+   weights counts ⟨ΔA V, ∂m/∂z⟩, which is ⟨ΔA, ∂m/∂A⟩ with the base run's gradient. This takes the place of ⟨Δ_u, G_v⟩
+   at queries and keys; values and MLPs stay as they are. The paper patches nodes that are queries or keys; a node of
+   ours feeds both, so both move together, as they do when the node is patched.
 3. *Cancelling paths.* A direct and an indirect effect of opposite sign leave almost nothing, and their rest is at the
    mercy of the approximation. Gradient drop runs one backward for each layer, in which no gradient passes through that
-   layer's attention and MLP, and averages the absolute values of what they give. A node's own layer is among them:
-   there it keeps what it does to later layers. (In the paper it counts nothing then, and L − 1 are averaged.)
+   layer's attention and MLP, and one in which all passes, and averages the absolute values of what they give. (The
+   paper's average is over the layers but a node's own. A path through every layer is lost in each of those: in a
+   model of two layers that is every circuit.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,15 +43,14 @@ class AtPStar(Method):
     With `grad_drop` scores are magnitudes, 0 and up: whether a node helps the behaviour or hinders it is not told.
     Without either option this is attribution patching, the sum of the EAP scores of a node's edges.
 
-    Costs of a prompt: one forward and backward, or with `grad_drop` one for each layer; with `qk_fix` besides, for
-    every layer and every node before it, that layer's queries, keys and attention weights: this grows with the square
-    of the layers, and with the places of the graph. Memory beside the engine's: the gradients of all heads' outputs
-    from every backward. Limits: MLPs and values are linear still, and in a model of few layers `grad_drop` leaves out
-    much in each backward: with two layers, half of what goes through the second.
+    Costs of a prompt: one forward and backward, and with `grad_drop` another for each layer; with `qk_fix` besides, for
+    every layer and every node before it, that layer's queries, keys and attention: this grows with the square of the
+    layers, and with the places of the graph. Memory beside the engine's: gradients of all heads' outputs from every
+    backward. Limits: MLPs and values are linear still, and so is all that lies behind a head's attention.
 
     Attributes:
         qk_fix: work out changes of attention weights exactly.
-        grad_drop: average over backwards that leave out a layer each.
+        grad_drop: average over backwards that leave out a layer each, and one that leaves out none.
     """
 
     name: ClassVar[str] = "atp-star"
@@ -61,12 +61,8 @@ class AtPStar(Method):
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
-        graph, model = engine.graph, engine.model
-        if self.grad_drop and model.n_layers < 2:
-            raise UserError("atp-star drops the gradient of one layer at a time; found 1 layer. Valid: grad_drop=False")
-        if not self.qk_fix:
-            return
-        if graph.mlp == "neuron" or graph.qkv == "merged":
+        graph = engine.graph
+        if self.qk_fix and (graph.mlp == "neuron" or graph.qkv == "merged"):
             found = "mlp='neuron'" if graph.mlp == "neuron" else "qkv='merged'"
             raise UserError(
                 f"atp-star's query-key fix runs a layer's attention once for each node and tells values from queries "
@@ -75,7 +71,7 @@ class AtPStar(Method):
 
     def scores(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         self.check(engine)
-        drops = list(range(engine.model.n_layers)) if self.grad_drop else [None]
+        drops = [None, *range(engine.model.n_layers)] if self.grad_drop else [None]
         layers = range(engine.model.n_layers if self.qk_fix else 0)
         exact = [i for i, v in enumerate(engine.graph.destinations) if self.qk_fix and v.input in ("q", "k")]
         for part in engine.parts():

@@ -1,6 +1,7 @@
 """The hooked model that a user holds: a thin face over TransformerLens's bridge, the sites and the one forward."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,12 @@ class HookedModel:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def tokenizer_hash(self) -> str | None:
+        """sha256 over the vocabulary, tokens with their ids; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
 
     @cached_property
     def levers(self) -> suffix.Levers:

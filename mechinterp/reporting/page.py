@@ -17,7 +17,14 @@ from mechinterp.reporting.cells import BLANKS
 
 Cell = str | int | float | bool | None
 HERE = Path(__file__).parent
-SCRIPTS = ("tables.js", "themes.js", "plots.js", "attention.js", "report.js")  # one script: each uses those before it
+SCRIPTS = (
+    "tables.js",
+    "themes.js",
+    "plots.js",
+    "attention.js",
+    "graph.js",
+    "report.js",
+)  # one script: each uses those before it
 
 
 def render(payload: Mapping[str, Any]) -> str:

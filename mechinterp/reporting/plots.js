@@ -1,9 +1,9 @@
 // A figure with its details, its table and its downloads.
 
 const NAMES = {
-  label: "cell", ci_low: "95% low", ci_high: "95% high", passes: "passes its controls", text: "token in the cell", x_label: "label",
+  label: "cell", ci_low: "95% low", ci_high: "95% high", passes: "passes its controls", text: "token in the cell", x_label: "label", inclusion: "inclusion probability",
 };
-const NOUNS = { bars: "bar", curve: "point" };
+const NOUNS = { bars: "bar", curve: "point", network: "node" };
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 const clamp = (value, length) => Math.min(Math.max(value, 0), length - 1);
 

@@ -1,8 +1,15 @@
 // The page: its figures, its theme, its print and its command.
 
 document.querySelectorAll("table.sortable").forEach(sortable);
-const plots = [...document.querySelectorAll(".plot")].map((element) => new Plot(element, data.figures[element.dataset.figure]));
-document.querySelectorAll(".attention").forEach((element) => new Attention(element, data.attention[element.dataset.attention], element.dataset.attention));
+const plots = [...document.querySelectorAll(".plot")].map((element) => {
+  const figure = data.figures[element.dataset.figure];
+  return new (figure.data.some((trace) => kindOf(trace) === "network") ? GraphPlot : Plot)(element, figure);
+});
+document.querySelectorAll(".attention").forEach((element) => {
+  const view = new Attention(element, data.attention[element.dataset.attention], element.dataset.attention);
+  const beside = plots.filter((plot) => plot instanceof GraphPlot && plot.element.parentElement === element.parentElement);
+  beside.forEach((plot) => { plot.attention = view; });
+});
 
 const button = document.getElementById("theme");
 function setTheme(theme, width) {

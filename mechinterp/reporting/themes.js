@@ -13,9 +13,11 @@ const DARK_LINES = {
   "#1a6fd4": "#6db3fa", "#b5502d": "#e5794f", "#10a36e": "#33c98f", "#a5559f": "#d384cc", "#9b8900": "#c9b52e",
   "#8046f0": "#9068f5", "#6b7280": "#9aa4b2",
 };
+// The edges of a circuit, by the sign of their score, where the page is dark.
+const DARK_EDGES = { "1": "#ef7f5c", "0": "#9aa4b2", "-1": "#5ba3f0" };
 const INK = {
-  light: { text: "#2b3039", line: "#cfd5dd", select: "#111827" },
-  dark: { text: "#d4d9e1", line: "#3b434f", select: "#ffffff" },
+  light: { text: "#2b3039", line: "#cfd5dd", select: "#111827", paper: "#ffffff" },
+  dark: { text: "#d4d9e1", line: "#3b434f", select: "#ffffff", paper: "#191d24" },
 };
 
 const clone = (value) => JSON.parse(JSON.stringify(value));
@@ -33,11 +35,26 @@ function themed(figure, theme, selection) {
   for (const key of Object.keys(layout).filter((name) => /^[xy]axis/.test(name))) {
     Object.assign(layout[key], { gridcolor: ink.line, zerolinecolor: ink.text, linecolor: ink.line });
   }
-  for (const trace of traces) {
+  for (const trace of [...traces]) {
     const scale = DARK_SCALES[kindOf(trace)];
     if (scale && theme === "dark") trace.colorscale = scale;
     if (kindOf(trace) === "curve" && theme === "dark") {
       for (const part of [trace.line, trace.marker]) part.color = DARK_LINES[part.color] || part.color;
+    }
+    if (kindOf(trace) === "network") { // the whole curve answers, not its middle alone
+      trace.hoverinfo = "skip";
+      delete trace.hovertemplate;
+      if (!selection) traces.push(touchable(figure));
+    }
+    if (["edge", "key"].includes(kindOf(trace)) && theme === "dark") trace.line.color = DARK_EDGES[trace.meta.sign];
+    if (kindOf(trace) === "node") {
+      Object.assign(trace.marker, { color: ink.paper, line: { ...trace.marker.line, color: ink.text } });
+      trace.textfont.color = ink.text;
+    }
+    if (kindOf(trace) === "said") { // on a line, so with a rim
+      const rim = [[-1, 0], [1, 0], [0, -1], [0, 1], [-1, -1], [1, 1], [-1, 1], [1, -1]];
+      const shadow = rim.map(([x, y]) => `${2 * x}px ${2 * y}px 1px ${ink.paper}`).join(", ");
+      trace.textfont = { ...trace.textfont, color: ink.text, shadow };
     }
     if (kindOf(trace) === "control") trace.marker.color = ink.text;
     if (trace.error_x) trace.error_x.color = ink.text;
@@ -49,6 +66,10 @@ function themed(figure, theme, selection) {
 // The frame of a cell or of a bar's row; the ring of a point, and the line at its x.
 function select(figure, { trace: index, row, column }, colour, traces, layout) {
   const trace = figure.data[index];
+  if (["node", "network"].includes(kindOf(trace))) {
+    lightUp(figure, { trace: index, row }, colour, traces); // in graph.js
+    return;
+  }
   const xref = trace.xaxis || "x", yref = trace.yaxis || "y";
   const frame = { type: "rect", xref, yref, line: { color: colour, width: 2 } };
   let shape;
