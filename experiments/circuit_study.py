@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 HELD_OUT, AGAIN = 1, 2  # added to the seed of the search
 EXACT = 16  # pairs that exact edges are patched on: each costs a run of its own
-DRAWN = 0.002  # share of the edges in the report's graph: what a reader can follow
 
 
 @dataclass(frozen=True)
@@ -152,12 +151,11 @@ def compare_searches(circuit: "Circuit", other: "Scores", size: float) -> dict[s
 def sections(found: Study, pairs: "PromptPairs") -> "list[mi.reporting.Section]":
     """What the report says of a study."""
     from mechinterp.reporting.sections.circuit_evaluation import evaluation_sections, protocol_section
-    from mechinterp.reporting.sections.circuits import circuit_section
+    from mechinterp.reporting.sections.circuits import circuit_section, strongest
 
-    drawn = found.scores.select(min(DRAWN, found.size))
     return [
         *evaluation_sections(found.evaluation),
-        circuit_section(drawn, pairs),
+        circuit_section(strongest(found.scores), pairs, found.scores.interval_of_edges),
         protocol_section(found.protocols),
         mi.reporting.Section("Another sample of prompts", seeds_text(found)),
         fidelity_section(found.fidelity),

@@ -243,7 +243,8 @@ class Runner:
         if pairs.answers.has_wrong:
             gap = LogitDiff()(_take(logits, LogitDiff().columns(pairs.answers)), pairs.answers)
             accuracy = float((gap > 0).double().mean())
-        return Run(values.double().numpy(), accuracy, float(KL()(logits, pairs.answers, self._clean).mean()))
+        kl = float(KL()(logits, pairs.answers, self._clean).mean())
+        return Run(values.double().numpy(), accuracy, max(0.0, kl))  # rounding may leave it below 0
 
     @property
     def clusters(self) -> np.ndarray | None:

@@ -51,8 +51,8 @@ def save(path: str | Path, found: Scores | Circuit) -> None:
 def load(path: str | Path, model: HookedModel, any_weights: bool = False) -> Scores | Circuit:
     """Read what `save` wrote.
 
-    Scores come back without bootstrap draws. Of a circuit, edges outside of it have the score NaN: the file does not
-    know it.
+    Scores come back with their intervals, and without bootstrap draws. Of a circuit, edges outside of it have the score
+    NaN: the file does not know it.
 
     Args:
         model: that the file is about.
@@ -110,8 +110,8 @@ def _of_scores(scores: Scores) -> dict[str, Any]:
         "of sources, destinations and graph.places",
         "score": SCORE,
     }
-    if len(scores.draws):
-        low, high = np.quantile(scores.draws.double().numpy(), [0.025, 0.975], axis=0)
+    if scores.interval is not None:
+        low, high = scores.interval.numpy()
         columns |= {"ci_low": _rounded(low), "ci_high": _rounded(high)}
         reading["ci_low, ci_high"] = "95% interval of the score over prompts (bootstrap)"
     if len(scores.draws) and level == "edge":
@@ -217,7 +217,9 @@ def _scores(path: str | Path, found: Mapping[str, Any], graph: Graph, about: dic
     edges = order if level == "edge" else torch.arange(graph.n_edges)  # rankings are of edges
     rankings = {name: in_order(values, f"ranking {name!r}", edges) for name, values in found["rankings"].items()}
     values = in_order(columns["score"], "a score", order)
-    return Scores(graph, values, level, values.new_zeros(0, expected), rankings, about)
+    ends = [in_order(columns[name], name, order) for name in ("ci_low", "ci_high") if name in columns]
+    interval = torch.stack(ends) if len(ends) == 2 else None
+    return Scores(graph, values, level, values.new_zeros(0, expected), rankings, about, kept_interval=interval)
 
 
 def _edge_order(path: str | Path, found: Mapping[str, Any], graph: Graph) -> Tensor:

@@ -12,6 +12,7 @@ import hashlib
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +45,7 @@ class Scores:
         about: model, task, method, ablation, direction, metric, seed, …, as plain values.
         ablation: the values that cut edges carried; None: as `about` says.
         pairs: that were searched on, where they are still at hand.
+        kept_interval: `[2 unit]` as a file holds it, where there are no draws.
     """
 
     graph: Graph
@@ -54,6 +56,7 @@ class Scores:
     about: Mapping[str, Any] = field(default_factory=dict)
     ablation: Ablation | None = None
     pairs: PromptPairs | None = None
+    kept_interval: Tensor | None = None
 
     def __post_init__(self) -> None:
         expected = self.graph.n_edges if self.level == "edge" else self.graph.n_nodes
@@ -63,6 +66,21 @@ class Scores:
             raise UserError(
                 f"{int((~self.values.isfinite()).sum())} scores are not finite: check the metric and weights"
             )
+
+    @cached_property
+    def interval(self) -> Tensor | None:
+        """`[2 unit]` ends of the 95% interval over prompts: percentiles of the draws, or as read from a file."""
+        if not len(self.draws):
+            return self.kept_interval
+        # Not torch.quantile, which refuses more than 16 million numbers.
+        return torch.from_numpy(np.quantile(self.draws.numpy(), [0.025, 0.975], axis=0)).to(self.draws)
+
+    @property
+    def interval_of_edges(self) -> Tensor | None:
+        """`[2 edge]` the same; an edge has that of its node where nodes were scored."""
+        if self.interval is None or self.level == "edge":
+            return self.interval
+        return self.interval[:, self.graph.node_of]
 
     @property
     def of_edges(self) -> Tensor:
@@ -163,8 +181,8 @@ class Scores:
         """The units of largest |score|, with their 95% interval over prompts where there are draws."""
         order = torch.argsort(self.values.abs(), descending=True, stable=True)[:n]
         frame = {self.level: [self.name(int(i)) for i in order], "score": self.values[order].numpy()}
-        if len(self.draws):
-            low, high = np.quantile(self.draws[:, order].double().numpy(), [0.025, 0.975], axis=0)
+        if self.interval is not None:
+            low, high = self.interval[:, order].numpy()
             frame |= {"ci_low": low, "ci_high": high}
         return pd.DataFrame(frame)
 

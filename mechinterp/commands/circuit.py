@@ -18,12 +18,10 @@ from mechinterp.hooked.model import HookedModel
 from mechinterp.reporting import Report
 from mechinterp.reporting.page import render
 from mechinterp.reporting.sections.circuit_evaluation import evaluation_sections
-from mechinterp.reporting.sections.circuits import circuit_section
+from mechinterp.reporting.sections.circuits import circuit_section, strongest
 from mechinterp.reporting.sweeps import baseline_rows, prompt_preview
 from mechinterp.results import write_json
 from mechinterp.tasks.pairs import PromptPairs
-
-DRAWN = 0.002  # share of the edges in the report's graph: what a reader can follow
 
 
 def find(args: CircuitFind, command: str) -> int:
@@ -80,7 +78,7 @@ def evaluate(args: CircuitEvaluate, command: str) -> int:
     if args.json:
         save(args.json, result.to_json() | {"command": command}, write_json)
     if args.html:
-        report = _report(model, pairs, found.select(DRAWN), result, result.summary(), command, args.seed)
+        report = _report(model, pairs, found, result, result.summary(), command, args.seed)
         save(args.html, render(report.payload()), write_text)
     return 0
 
@@ -88,7 +86,7 @@ def evaluate(args: CircuitEvaluate, command: str) -> int:
 def _report(
     model: HookedModel,
     pairs: PromptPairs,
-    circuit: circuits.Circuit,
+    found: circuits.Circuit | circuits.Scores,
     result: Evaluation | None,
     answer: str,
     command: str,
@@ -96,7 +94,9 @@ def _report(
 ) -> Report:
     """One page: the finding, the curves beside controls, the graph, where its heads look."""
     sections = [] if result is None else evaluation_sections(result)
-    graph = [circuit_section(circuit, pairs)] if len(circuit) else []
+    circuit = strongest(found) if isinstance(found, circuits.Scores) else found
+    interval = found.interval_of_edges if isinstance(found, circuits.Scores) else None
+    graph = [circuit_section(circuit, pairs, interval)] if len(circuit) else []
     return Report(
         title=f"circuit · {model.info.name}",
         question=f"Which edges of {model.info.name} compute {pairs.name}, and how far is that to be believed?",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechinterp.circuits.circuit import Circuit
 from mechinterp.circuits.nodes import feeds, nodes, reached
+from mechinterp.circuits.scores import Scores
 from mechinterp.errors import UserError
 from mechinterp.reporting.attention import attention_view
 from mechinterp.reporting.network import Edge, Node, network
@@ -16,6 +17,7 @@ from mechinterp.reporting.report import AttentionView, Section, Table
 from mechinterp.results import plain
 from mechinterp.tasks.pairs import PromptPairs
 
+FOLLOWED = 150  # edges of a graph that a reader can follow
 MAX_EDGES = 400  # that are drawn: more are not told apart
 MAX_HEADS = 48  # whose attention is shown
 MAX_BYTES = 2_000_000  # of patterns
@@ -49,6 +51,11 @@ def circuit_figure(circuit: Circuit, interval: Tensor | None = None) -> go.Figur
     facts["edges"] = f"{len(edges)} of {len(circuit)} drawn" if left_out else len(circuit)
     title = f"Circuit: {len(edges)} strongest of {len(circuit)} edges" if left_out else f"Circuit: {len(edges)} edges"
     return network(shown, edges, fed, title=title, facts=facts)
+
+
+def strongest(scores: Scores, n: int = FOLLOWED) -> Circuit:
+    """The circuit of the n edges of largest |score| other than 0: what a reader can follow."""
+    return scores.select(min(n, int((scores.of_edges != 0).sum())))
 
 
 def circuit_section(circuit: Circuit, pairs: PromptPairs | None = None, interval: Tensor | None = None) -> Section:
