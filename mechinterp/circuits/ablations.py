@@ -77,9 +77,7 @@ class Ablation:
             return cls.of(asked)
         over = about.get("ablation_over", "corrupted")
         if over not in ("clean", "corrupted"):
-            raise UserError(
-                "this circuit's means are over prompts that it does not carry: give the ablation again"
-            )
+            raise UserError("this circuit's means are over prompts that it does not carry: give the ablation again")
         return cls.of(cls(about.get("ablation", "resample"), over, about.get("ablation_by")))
 
     def about(self) -> dict[str, str | None]:

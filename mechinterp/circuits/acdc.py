@@ -1,5 +1,5 @@
-"""ACDC: cut edges one after another, each beside all that were cut before (Conmy et al. 2023, "Towards automated circuit
-discovery for mechanistic interpretability").
+"""ACDC: cut edges one after another, each beside all that were cut before (Conmy et al. 2023, "Towards automated
+circuit discovery for mechanistic interpretability").
 
 1. Begin with every edge. Go over the edges from the logits back to the embedding (or the other way round).
 2. Cut an edge for good if that hurts by less than the threshold: noising, if the mean of the metric falls by less (the
@@ -89,7 +89,7 @@ class ACDC(Method):
 
 
 def _hurt(engine: Engine, kept: Tensor) -> Tensor:
-    """`[circuit]` the metric, its sign turned so that it rises when the behaviour suffers by a cut; mean over prompts."""
+    """`[circuit]` the metric's mean over prompts, its sign turned so that a cut that matters makes it rise."""
     return helps(engine, engine.values(engine.graph.mask(kept))).double().mean(1)
 
 

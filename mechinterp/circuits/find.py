@@ -61,7 +61,7 @@ def find(
         ablation, direction, metric: see `Engine`.
         controls: also make the control rankings (rankings.py), which costs the search twice more.
         draws: bootstrap draws over prompts that are kept; 0 for none.
-        seed: of the draws, and of what a method draws.
+        seed: of the bootstrap draws and of the control rankings.
         force: search although the model does not do the task.
         progress: show progress bars.
         max_bytes: memory of a call; by default a quarter of what is free.
@@ -82,7 +82,7 @@ def find(
 
 
 def rankings(engine: Engine, method: Method, seed: int) -> dict[str, Tensor]:
-    """`[edge]` by control; labels cannot be swapped where pairs have no wrong answers."""
+    """`[edge]` by control; labels are swapped where they are read at all."""
 
     def again(pairs: PromptPairs) -> Tensor:
         return score(
@@ -92,7 +92,8 @@ def rankings(engine: Engine, method: Method, seed: int) -> dict[str, Tensor]:
     made = {"norm": by_norm(engine, seed)}
     with reinitialised(engine.model, seed):
         made["reinitialised"] = again(engine.pairs)
-    if engine.pairs.answers.has_wrong:
+    reads_labels = method.reads_labels and not engine.metric.needs_clean and engine.pairs.answers.has_wrong
+    if reads_labels:
         made["swapped-labels"] = again(swap_labels(engine.pairs, seed))
     return made
 

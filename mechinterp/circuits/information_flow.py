@@ -39,6 +39,7 @@ class InformationFlow(Method):
     """
 
     name: ClassVar[str] = "ifr"
+    reads_labels: ClassVar[bool] = False
 
     def scores(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         graph = engine.graph

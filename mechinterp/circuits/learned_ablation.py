@@ -53,7 +53,9 @@ def learn_ablation(
         UserError: see `Engine`; a graph of neurons, no steps, a rate that is not above 0.
     """
     if graph.mlp == "neuron":
-        raise UserError("learn_ablation learns one vector of d_model a source; neurons write numbers. Valid: mlp='layer'")
+        raise UserError(
+            "learn_ablation learns one vector of d_model a source; neurons write numbers. Valid: mlp='layer'"
+        )
     if steps < 1 or lr <= 0:
         raise UserError(f"learn_ablation needs steps ≥ 1 and lr > 0; found steps={steps}, lr={lr}")
     start, scale = _start(Engine(graph, pairs, Ablation("mean", "clean", "all"), "noise", "kl", max_bytes))

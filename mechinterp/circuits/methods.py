@@ -42,12 +42,14 @@ class Method:
         level: "edge", or "node": then a unit is a source at a place.
         per_prompt: whether it scores prompts apart from each other, so that they can be resampled.
         at_base: whether all it knows is the metric's slope at the base run.
+        reads_labels: whether scores change when answer and wrong answer change places.
     """
 
     name: ClassVar[str] = ""
     level: ClassVar[Literal["edge", "node"]] = "edge"
     per_prompt: ClassVar[bool] = True
     at_base: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = True
 
     def scores(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `[batch]` prompts and their scores `[batch unit]`; all prompts and `[1 unit]` if not `per_prompt`."""
