@@ -7,11 +7,11 @@ It shares nothing with the engine but the names of nodes and the model's weights
 from collections.abc import Callable
 
 import torch
-from tests.families import full_logits
 from torch import Tensor
 
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
+from tests.families import full_logits
 
 Kept = Callable[[str, str], float | Tensor]  # source, destination -> the mask, a number or [batch pos]
 
