@@ -3,16 +3,11 @@
 1. A part of the prompts is recorded once (hooked/suffix.py): the base run (clean when noising, corrupted when
    denoising), what every source writes in it, and the ablation values. Positions before the first one at which the two
    differ are never run again.
-2. `Part.logits(mask)` replays the blocks. Where a layer reads the residual stream, the inputs of all of its
-   destinations are mixed at once (mixing.py), pass the model's own norm, unfrozen, and its projections, and are
-   written to q, k, v and the MLP's input; where a source writes, its live output goes to the store. The attention,
-   the MLPs and the final norm are the model's own.
-3. Rows of a call are circuits × prompts, so many circuits share a call. A mask may be binary or continuous, one for
-   all prompts or one a prompt; a pinned node writes a given output instead of its live one.
-4. Separate key and value inputs for each query head, which grouped-query attention does not have, are run as copies of
-   the row, one for each head of a group; every copy then takes each head from its own copy.
-5. `Part.gradients` adds zeros to every input and asks for the metric's gradient there: since
-   −∂m/∂mask_vu = ⟨a_u − s_u, ∂m/∂x_v⟩, this is all that gradient methods need.
+2. `Part.logits(mask)` replays the blocks with every destination's input mixed by the mask (masked_run.py). Rows of a
+   call are circuits × prompts, so many circuits share a call. A mask may be binary or continuous, one for all prompts
+   or one a prompt; a pinned node writes a given output instead of its live one.
+3. `Part.gradients` taps every input for the metric's gradient there: since −∂m/∂mask_vu = ⟨a_u − s_u, ∂m/∂x_v⟩, this
+   is all that gradient methods need.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,12 +19,12 @@ import torch
 from torch import Tensor
 
 from mechinterp.circuits.ablations import Ablated, Ablation, Direction
-from mechinterp.circuits.graph import Destination, Graph
+from mechinterp.circuits.graph import Graph
+from mechinterp.circuits.masked_run import MaskedRun
 from mechinterp.circuits.mixing import Mixer, Store
-from mechinterp.circuits.outputs import Outputs, outputs, sites, written
+from mechinterp.circuits.outputs import outputs, sites
 from mechinterp.errors import UserError
 from mechinterp.hooked import schedule, suffix
-from mechinterp.hooked.forward import Edit
 from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.sites import Site
 from mechinterp.hooked.weights import mlp_out
@@ -106,13 +101,14 @@ class Engine:
 
     @property
     def bytes_per_prompt(self) -> int:
-        """What a prompt takes in a call at most: ablation values, live outputs, differences and their gradients, and
-        the inputs of one layer's destinations."""
+        """What a prompt takes at most, in vectors of d_model at each position: of each source its live output, ablation
+        value, their difference, a run's difference and its gradient; of each destination its gradient, and what the
+        backward of its norm and projection keeps; of each layer what is recorded."""
         model, graph = self.model, self.graph
-        widest = sum(one.layer == 0 for one in graph.destinations) * 4
-        vectors = sum(source.kind != "neuron" for source in graph.sources) * 4 + widest
+        sources = sum(source.kind != "neuron" for source in graph.sources)
+        vectors = 5 * sources + 5 * len(graph.destinations) + 8 * model.n_layers
         if graph.mlp == "neuron":
-            vectors += widest * graph.n_neurons // model.d_model
+            vectors += (4 * model.n_layers + len(graph.destinations)) * graph.n_neurons // model.d_model
         return model.dtype.itemsize * self.base.n_pos * model.d_model * vectors
 
     @property
@@ -129,7 +125,7 @@ class Engine:
 
     @cached_property
     def _parts_kept(self) -> list["Part"] | None:
-        """All parts, where a quarter of the budget holds them: many circuits are then run on the same recordings."""
+        """All parts, where the budget holds them: many circuits are then run on the same recordings."""
         if len(self) * self.bytes_per_prompt > self.max_bytes:
             return None
         return list(self.parts())
@@ -190,22 +186,23 @@ class Part:
     _stores: dict[tuple[int, ...], Store] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        engine, graph = self.engine, self.engine.graph
-        self.graph, self.model = graph, engine.model
+        engine = self.engine
+        self.graph, self.model = engine.graph, engine.model
         self.recording = suffix.record(self.model, engine.base, self._sites, self.index)
-        self.start = 0
-        whole = outputs(graph, self.recording.activations)
-        ablated = engine.ablated.of(self.index, whole, 0)
-        differs = (ablated.vectors != whole.vectors).flatten(3).any(-1).any(0)
-        for layer, neurons in ablated.neurons.items():
-            differs |= (neurons != whole.neurons[layer]).any(-1)
-        # A padded position may hold anything: nothing reads it.
-        differs &= engine.base.real[self.index.to(differs.device)]
-        if self.model.levers.prefix and engine.read.positions is not None:
-            changed = torch.where(differs.any(-1), differs.int().argmax(-1), differs.shape[1])
-            read = engine.read.positions[self.index].amin()
-            self.start = int(min(changed.min().item(), int(read)))
-        self.live, self.ablated = _cut(whole, self.start), _cut(ablated, self.start)
+        self.start = self._first_change()
+        self.live = outputs(self.graph, self.recording.activations, self.start)
+        self.ablated = engine.ablated.of(self.index, self.live, self.start)
+
+    def _first_change(self) -> int:
+        """The first position at which base run and ablation values can differ: under causal attention that of the first
+        token that does, where values come from the other run of the pair."""
+        engine, read = self.engine, self.engine.read.positions
+        if engine.ablation.kind != "resample" or not self.model.levers.prefix or read is None or self.model.in_force:
+            return 0
+        index = self.index.to(engine.base.tokens.device)
+        differs = (engine.base.tokens != engine.other.tokens)[index] & engine.base.real[index]
+        first = torch.where(differs.any(-1), differs.int().argmax(-1), engine.base.n_pos)
+        return min(int(first.min()), int(read[self.index].min()))
 
     @property
     def _sites(self) -> list[Site]:
@@ -251,7 +248,7 @@ class Part:
                 an MLP's output, the embedding), at all positions.
         """
         circuits = 1 if mask is None else len(mask)
-        run = _Run(self, circuits, None if mask is None else self._mixer(mask), pins or {})
+        run = MaskedRun(self.graph, self.start, circuits, None if mask is None else self._mixer(mask), pins or {})
         return self._replay(run, circuits)
 
     def metric(self, mask: Tensor | None, pins: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -265,7 +262,11 @@ class Part:
         return torch.stack([engine.metric(one, answers, clean) for one in logits])
 
     def gradients(
-        self, pins: Mapping[str, Tensor] | None = None, layer: int = 0, mask: Tensor | None = None
+        self,
+        pins: Mapping[str, Tensor] | None = None,
+        layer: int = 0,
+        mask: Tensor | None = None,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The metric's gradient at the input of every destination, with all edges kept or under one mask.
 
@@ -273,28 +274,24 @@ class Part:
             pins: see `logits`.
             layer: first block that is run; destinations before it get zeros.
             mask: `[1 destination source place]`, or None.
+            into: add to this tensor, of an earlier call.
 
         Returns:
             `[destination batch pos d_model]`, positions from `start` on, and `[batch]` metric.
         """
-        shape = (len(self), self.n_pos, self.model.d_model)
         like = self.live.vectors
-        run = _Run(self, 1, None if mask is None else self._mixer(mask), pins or {}, layer)
-        groups = [one for one in run.reads if one.layer >= layer]
-        run.probes = {
-            one: torch.zeros(one.stop - one.start, *shape, dtype=like.dtype, device=like.device, requires_grad=True)
-            for one in groups
-        }
+        if into is None:
+            into = like.new_zeros(len(self.graph.destinations), len(self), self.n_pos, self.model.d_model)
+        anchor = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+        run = MaskedRun(
+            self.graph, self.start, 1, None if mask is None else self._mixer(mask), pins or {}, layer, into, anchor
+        )
         with torch.enable_grad():
             values = self._metric(self._replay(run, 1))[0]
-            found = torch.autograd.grad(values.sum(), list(run.probes.values()), allow_unused=True)
-        made = like.new_zeros(len(self.graph.destinations), *shape)
-        for group, grad in zip(groups, found, strict=True):
-            if grad is not None:
-                made[group.start : group.stop] = grad
-        return made, values.detach()
+            torch.autograd.grad(values.sum(), [anchor])
+        return into, values.detach()
 
-    def _replay(self, run: "_Run", circuits: int) -> Tensor:
+    def _replay(self, run: MaskedRun, circuits: int) -> Tensor:
         copies = run.copies
         index = self.index.to(self.model.device).repeat(copies * circuits)
         rows = Rows(self.engine.base, index, self.start)
@@ -342,217 +339,3 @@ class Part:
         flat = place[0] if per_prompt else place.flatten()
         device = self.live.vectors.device
         return [(flat == number).nonzero().flatten().to(device) for number in range(len(graph.places))]
-
-
-def _cut(whole: Outputs, start: int) -> Outputs:
-    """From position `start` on."""
-    return Outputs(
-        whole.vectors[:, :, start:].contiguous(), {layer: one[:, start:] for layer, one in whole.neurons.items()}
-    )
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Destinations that read the residual stream together: a layer's attention, an MLP, or the logits."""
-
-    layer: int
-    start: int
-    stop: int
-    n_sources: int
-
-
-@dataclass(eq=False)
-class _Run:
-    """The edits of one call: what is read, written and projected where."""
-
-    part: Part
-    circuits: int
-    mixer: Mixer | None
-    pins: Mapping[str, Tensor]
-    layer: int = 0
-    probes: dict[_Read, Tensor] = field(default_factory=dict)
-    _held: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.graph, self.model = self.part.graph, self.part.model
-        grouped = self.graph.qkv == "ungrouped"
-        self.copies = self.model.n_heads // self.model.n_kv_heads if grouped else 1
-        self.reads = _reads(self.graph)
-        unknown = [name for name in self.pins if name not in self.graph.source_index]
-        if unknown:
-            raise UserError(f"pins: this graph has no source {unknown[0]!r}")
-
-    def edits(self) -> dict[str, Edit]:
-        """By hook name, for every layer that is run."""
-        made: dict[str, Edit] = {}
-        attention = {one.layer: one for one in self.reads if self.graph.destinations[one.start].input not in _LATE}
-        mlps = {one.layer: one for one in self.reads if self.graph.destinations[one.start].input == "mlp"}
-        for layer in range(self.layer, self.model.n_layers):
-            split = self.mixer is not None or bool(self.probes)
-            before = Site("resid_pre", layer).hook_name
-            self._chain(made, before, self._embed if layer == 0 else None)
-            self._chain(made, before, self._read_attention(attention[layer]) if split else None)
-            if split:
-                for name in "qkv":
-                    made[Site(name, layer).hook_name] = self._give(f"{name}{layer}")
-            z = Site("z", layer).hook_name
-            self._chain(made, z, self._own_copy if self.copies > 1 else None)
-            if self.graph.heads_add_up:
-                self._chain(made, z, self._wrote_heads(layer))
-            else:
-                self._chain(made, Site("attn_out", layer).hook_name, self._wrote(Site("attn_out", layer), f"a{layer}"))
-            if self.graph.has_mlp:
-                if split:
-                    made[Site("mlp_in", layer).hook_name] = self._read_late(mlps[layer])
-                site = Site("mlp_post" if self.graph.mlp == "neuron" else "mlp_out", layer)
-                self._chain(made, site.hook_name, self._wrote(site, f"m{layer}"))
-        if self.mixer is not None or self.probes:
-            self._chain(made, Site("resid_post", self.model.n_layers - 1).hook_name, self._read_late(self.reads[-1]))
-        return made
-
-    @staticmethod
-    def _chain(made: dict[str, Edit], name: str, edit: Edit | None) -> None:
-        """Add an edit behind those at a hook point."""
-        first = made.get(name)
-        if edit is None:
-            return
-        made[name] = edit if first is None else lambda activation, rows: edit(first(activation, rows), rows)
-
-    # Shapes: rows of a call are [copy circuit batch]; the mixer wants [circuit row d_model], row = batch·pos (or, with
-    # one mask a prompt, circuits × prompts of one row of positions each), of one copy.
-
-    def _to_mixer(self, activation: Tensor) -> Tensor:
-        """`[circuit row …]` from rows of a call `[copy·circuit·batch pos …]`."""
-        one = activation.unflatten(0, (self.copies, -1))[0]
-        n = len(self.mixer.mask) if self.mixer is not None else self.circuits
-        return one.unflatten(0, (n, -1)).flatten(1, 2)
-
-    def _to_rows(self, mixed: Tensor) -> Tensor:
-        """`[circuit·batch pos …]` from `[circuit row …]`."""
-        return mixed.flatten(0, 1).unflatten(0, (-1, self.part.n_pos))
-
-    def _mixed(self, resid: Tensor, read: _Read) -> Tensor:
-        """`[destination circuit·batch pos d_model]`: the inputs of destinations that read `resid` together."""
-        one = resid.unflatten(0, (self.copies, -1))[0]
-        if self.mixer is not None:
-            mixed = self.mixer.mix(self._to_mixer(resid), slice(read.start, read.stop), read.n_sources)
-            made = mixed.transpose(0, 1).reshape(read.stop - read.start, *one.shape)
-        else:
-            made = one.expand(read.stop - read.start, *one.shape)
-        return made + self.probes[read] if read in self.probes else made
-
-    def _embed(self, resid: Tensor, rows: Rows) -> Tensor:
-        pinned = self._pin("embed", resid, rows)
-        if self.mixer is not None:
-            self.mixer.write(self._to_mixer(pinned)[:, None])
-        return pinned
-
-    def _pin(self, name: str, live: Tensor, rows: Rows) -> Tensor:
-        """A source's given output, for the rows of a call, or its live one."""
-        if name not in self.pins:
-            return live
-        pinned = self.pins[name][:, self.part.start :].to(live)
-        return pinned.repeat(len(live) // len(pinned), *[1] * (pinned.ndim - 1))
-
-    def _read_attention(self, read: _Read) -> Edit:
-        model, graph, layer = self.model, self.graph, read.layer
-        norm = model.norm(Site("q_input", layer))
-        inputs = [graph.destinations[i].input for i in range(read.start, read.stop)]
-
-        def edit(resid: Tensor, rows: Rows) -> Tensor:
-            normed = norm(self._mixed(resid, read))
-            for name in "qkv":
-                weight, bias = model.projection(Site(f"{name}_input", layer))
-                if graph.qkv == "merged":
-                    given = normed.repeat_interleave(len(weight) // len(normed), 0)
-                else:
-                    first = inputs.index(name)
-                    given = normed[first : first + inputs.count(name)]
-                    weight, bias = (one.repeat_interleave(len(given) // len(one), 0) for one in (weight, bias))
-                made = torch.einsum("vbpd,vde->bpve", given, weight) + bias
-                self._held[f"{name}{layer}"] = self._to_copies(made, name)
-            return resid
-
-        return edit
-
-    def _to_copies(self, made: Tensor, name: str) -> Tensor:
-        """`[copy·batch pos head d_head]`: every copy of a row has the queries of all heads, and of each group the key
-        and value of its own head."""
-        if self.copies == 1:
-            return made
-        if name == "q":
-            return made.repeat(self.copies, 1, 1, 1)
-        return made.unflatten(2, (-1, self.copies)).movedim(3, 0).flatten(0, 1)
-
-    def _give(self, name: str) -> Edit:
-        def edit(activation: Tensor, rows: Rows) -> Tensor:
-            return self._held.pop(name)
-
-        return edit
-
-    def _own_copy(self, z: Tensor, rows: Rows) -> Tensor:
-        """Every copy of a row takes each head from the copy that had this head's key and value."""
-        by_copy = z.unflatten(0, (self.copies, -1)).unflatten(3, (-1, self.copies))
-        own = torch.diagonal(by_copy, dim1=0, dim2=4).movedim(-1, 3)  # [batch pos kv_head copy d_head]
-        return own.flatten(2, 3).repeat(self.copies, 1, 1, 1)
-
-    def _wrote_heads(self, layer: int) -> Edit:
-        """The heads of a layer have written: pin, and keep what they write."""
-        names = [f"a{layer}.h{head}" for head in range(self.model.n_heads)]
-        pinned = any(name in self.pins for name in names)
-
-        def edit(z: Tensor, rows: Rows) -> Tensor:
-            if pinned:
-                z = torch.stack([self._pin(name, z[:, :, i], rows) for i, name in enumerate(names)], 2)
-            self._keep(Site("z", layer), z)
-            return z
-
-        return edit
-
-    def _wrote(self, site: Site, name: str) -> Edit:
-        """A layer's attention, or its MLP, has written."""
-
-        def edit(activation: Tensor, rows: Rows) -> Tensor:
-            activation = self._pin(name, activation, rows)
-            self._keep(site, activation)
-            return activation
-
-        return edit
-
-    def _keep(self, site: Site, activation: Tensor) -> None:
-        if self.mixer is None:
-            return
-        if site.name == "mlp_post":
-            self.mixer.write_neurons(int(site.layer or 0), self._to_mixer(activation))
-            return
-        one = activation.unflatten(0, (self.copies, -1))[0]
-        made = written(self.graph, site, one)  # [circuit·batch source pos d_model]
-        n = len(self.mixer.mask)
-        self.mixer.write(made.unflatten(0, (n, -1)).transpose(1, 2).flatten(2, 3))
-
-    def _read_late(self, read: _Read) -> Edit:
-        """What an MLP, or the final norm, reads."""
-
-        def edit(resid: Tensor, rows: Rows) -> Tensor:
-            made = self._mixed(resid, read)[0]
-            return made.repeat(self.copies, 1, 1) if self.copies > 1 else made
-
-        return edit
-
-
-_LATE = ("mlp", "logits")
-
-
-def _reads(graph: Graph) -> list[_Read]:
-    """Destinations grouped by where they read: consecutive ones of a layer's attention together."""
-    made: list[_Read] = []
-
-    def kind(one: Destination) -> tuple[int, bool]:
-        return one.layer, one.input in _LATE
-
-    for i, one in enumerate(graph.destinations):
-        if made and i and kind(graph.destinations[i - 1]) == kind(one):
-            made[-1] = _Read(one.layer, made[-1].start, i + 1, one.n_sources)
-        else:
-            made.append(_Read(one.layer, i, i + 1, one.n_sources))
-    return made

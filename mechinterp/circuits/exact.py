@@ -11,6 +11,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -140,24 +141,25 @@ def _add(part: Part, rows_at: list[tuple[int, int | None]], cases: list[tuple[in
     """The function that adds each case's difference at its row and head; `cases` are (source, place) of all rows."""
     row = torch.tensor([row for row, _ in rows_at])
     heads = None if rows_at[0][1] is None else torch.tensor([head or 0 for _, head in rows_at])
-    place = torch.tensor([cases[i][1] for i in row.tolist()])
+    return partial(_added, part, row, heads, [cases[i] for i in row.tolist()])
 
-    def edit(activation: Tensor, rows: Rows) -> Tensor:
-        prompt, skip = rows.index.cpu()[row], rows.start - part.start
-        local = (prompt - part.index[0]).tolist()
-        each = [_difference(part, cases[i][0])[j, skip:] for i, j in zip(row.tolist(), local, strict=True)]
-        delta = torch.stack(each).to(activation)
-        if part.graph.positions:
-            here = part.engine.place[prompt, rows.start :] == place[:, None]
-            delta = delta * here[..., None].to(delta)
-        made = activation.clone()
-        if heads is None:
-            made[row] += delta
-        else:
-            made[row, :, heads] += delta
-        return made
 
-    return edit
+def _added(
+    part: Part, row: Tensor, heads: Tensor | None, cases: list[tuple[int, int]], activation: Tensor, rows: Rows
+) -> Tensor:
+    prompt, skip = rows.index.cpu()[row], rows.start - part.start
+    local = (prompt - part.index[0]).tolist()
+    each = [_difference(part, source)[j, skip:] for (source, _), j in zip(cases, local, strict=True)]
+    delta = torch.stack(each).to(activation)
+    if part.graph.positions:
+        here = part.engine.place[prompt, rows.start :] == torch.tensor([place for _, place in cases])[:, None]
+        delta = delta * here[..., None].to(delta)
+    made = activation.clone()
+    if heads is None:
+        made[row] += delta
+    else:
+        made[row, :, heads] += delta
+    return made
 
 
 def _by_masks(part: Part, edges: Tensor) -> Tensor:

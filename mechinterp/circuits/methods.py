@@ -84,8 +84,7 @@ class Gradient(Method):
             total, weights = None, self.weights()
             for weight in weights:
                 pins = {} if weight == 1 else {"embed": torch.lerp(other, base, weight)}
-                grads = part.gradients(pins)[0]
-                total = grads if total is None else total.add_(grads)
+                total, _ = part.gradients(pins, into=total)
             assert total is not None
             yield part.index, helps(engine, along_edges(part, total / len(weights)))
 
@@ -151,13 +150,14 @@ class EAPIGActivations(Method):
             scores = torch.zeros(len(part), graph.n_edges)
             for site in tqdm(sites(graph), desc=self.name, disable=not engine.progress, leave=False):
                 own = [i for i in range(len(graph.sources)) if site_of(graph, i).whole == site]
-                base, total = part.recording.activations[site.hook_name], torch.zeros(())
+                base, total = part.recording.activations[site.hook_name], None
                 for weight in weights:
                     between = torch.lerp(other[site.hook_name], base, weight)
                     pins = {graph.sources[i].name: between[:, :, at] for at, i in enumerate(own)}
                     if site.name != "z":
                         pins = {graph.sources[own[0]].name: between}
-                    total = total + part.gradients(pins, layer=site.layer or 0)[0]
+                    total, _ = part.gradients(pins, layer=site.layer or 0, into=total)
+                assert total is not None
                 scores += along_edges(part, total / len(weights), own)
             yield part.index, helps(engine, scores)
 

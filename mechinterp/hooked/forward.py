@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,7 +152,7 @@ class Plan:
         for name, edit in edits.items():
             plan._add_at(Site.from_hook(name), edit, virtual)
         for site in record:
-            plan._add_at(site, _recorder(site.hook_name, into), virtual)
+            plan._add_at(site, partial(_keep, site.hook_name, into), virtual)
         edited = {one.writes.hook_name for one in bound} | set(edits)
         for site, at_site in virtual.values():
             scale = Site("ln2_scale" if site.name == "mlp_in" else "ln1_scale", site.layer).hook_name
@@ -201,69 +202,67 @@ class Plan:
                 warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
             for name, edits in self.edits.items():
                 point = self.model.hook_points[name]
-                handle = point.add_hook(_hook(edits, rows))
+                handle = point.add_hook(partial(_hook, edits, rows))  # type: ignore[arg-type]
                 stack.callback(point.fwd_hooks.remove, handle)
                 stack.callback(handle.hook.remove)
             yield
 
 
-def _hook(edits: Sequence[Edit], rows: Rows) -> Callable[..., Tensor | None]:
-    """One TransformerLens hook that applies `edits` in order; None when nothing was edited."""
-
-    def hook(activation: Tensor, hook: Any) -> Tensor | None:
-        # OPT flattens batch and pos before its second norm: give every edit [batch pos ...].
-        flat = activation.ndim == 2
-        shaped = activation.unflatten(0, (len(rows.index), -1)) if flat else activation
-        new = shaped
-        for edit in edits:
-            new = edit(new, rows)
-        if new is shaped:
-            return None
-        return new.flatten(0, 1) if flat else new
-
-    return hook
+def _hook(edits: Sequence[Edit], rows: Rows, activation: Tensor, hook: Any) -> Tensor | None:
+    """A TransformerLens hook that applies `edits` in order; None when nothing was edited."""
+    # OPT flattens batch and pos before its second norm: give every edit [batch pos ...].
+    flat = activation.ndim == 2
+    shaped = activation.unflatten(0, (len(rows.index), -1)) if flat else activation
+    new = shaped
+    for edit in edits:
+        new = edit(new, rows)
+    if new is shaped:
+        return None
+    return new.flatten(0, 1) if flat else new
 
 
-def _recorder(name: str, into: dict[str, Tensor]) -> Edit:
-    def keep(activation: Tensor, rows: Rows) -> Tensor:
-        # A clone: later hooks may edit the live tensor in place.
-        into[name] = activation.detach().clone()
-        return activation
-
-    return keep
+def _keep(name: str, into: dict[str, Tensor], activation: Tensor, rows: Rows) -> Tensor:
+    """Record an activation."""
+    # A clone: later hooks may edit the live tensor in place.
+    into[name] = activation.detach().clone()
+    return activation
 
 
 def _add_virtual(plan: Plan, site: Site, edits: list[Edit], writes: bool) -> None:
     """Read a head's (or the MLP's) input from the residual stream, edit it, write what the edit makes of it."""
-    block = f"blocks.{site.layer}"
-    norm = plan.model.norm(site)
     held: dict[str, Tensor] = {}
-
-    def read(resid: Tensor, rows: Rows) -> Tensor:
-        wide = resid if site.name == "mlp_in" else resid.unsqueeze(2).expand(-1, -1, plan.model.axis_size(site), -1)
-        old = wide
-        for edit in edits:
-            wide = edit(wide, rows)
-        held.update(new=wide, old=old)
-        return resid
-
-    def write(activation: Tensor, rows: Rows) -> Tensor:
-        new, old = held.pop("new"), held.pop("old")
-        made = norm(new)
-        if site.name != "mlp_in":
-            weight, bias = plan.model.projection(site)
-            made = torch.einsum("bphd,hde->bphe", made, weight) + bias
-        if new.requires_grad:
-            return made  # a gradient exists also where an edit's value is the old one, as with a vector of zeros
-        # Where the input was not edited the model's own value stays, bit for bit.
-        edited = (new != old).any(-1, keepdim=True)
-        return torch.where(edited, made, activation)
-
-    plan.add(plan.model.resid_read_by(site), read)
+    plan.add(plan.model.resid_read_by(site), partial(_read_input, plan.model, site, edits, held))
     if writes:
         target = "mlp.hook_in" if site.name == "mlp_in" else f"attn.hook_{site.name[0]}"
         # First of all: what is done to q, k or v itself, and its record, comes after what is done to their inputs.
-        plan.edits.setdefault(f"{block}.{target}", []).insert(0, write)
+        write = partial(_write_input, plan.model, site, held)
+        plan.edits.setdefault(f"blocks.{site.layer}.{target}", []).insert(0, write)
+
+
+def _read_input(
+    model: "HookedModel", site: Site, edits: list[Edit], held: dict[str, Tensor], resid: Tensor, rows: Rows
+) -> Tensor:
+    """Edit copies of the residual stream, one a head."""
+    wide = resid if site.name == "mlp_in" else resid.unsqueeze(2).expand(-1, -1, model.axis_size(site), -1)
+    held["old"] = wide
+    for edit in edits:
+        wide = edit(wide, rows)
+    held["new"] = wide
+    return resid
+
+
+def _write_input(model: "HookedModel", site: Site, held: dict[str, Tensor], activation: Tensor, rows: Rows) -> Tensor:
+    """What the norm and the projection make of the edited inputs."""
+    new, old = held.pop("new"), held.pop("old")
+    made = model.norm(site)(new)
+    if site.name != "mlp_in":
+        weight, bias = model.projection(site)
+        made = torch.einsum("bphd,hde->bphe", made, weight) + bias
+    if new.requires_grad:
+        return made  # a gradient exists also where an edit's value is the old one, as with a vector of zeros
+    # Where the input was not edited the model's own value stays, bit for bit.
+    edited = (new != old).any(-1, keepdim=True)
+    return torch.where(edited, made, activation)
 
 
 def run(
