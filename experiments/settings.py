@@ -41,13 +41,13 @@ class Settings:
         return model
 
     def command(self, script: str) -> str:
-        """The command line that makes the same run: every setting that is not the default."""
+        """The command line that makes the same run: every setting of its folder that is not the default."""
         given = ["python", f"experiments/{Path(script).name}"]
         for one in fields(self):
             value = getattr(self, one.name)
-            if value != one.default and one.name != "root":
-                flag = f"--{one.name.replace('_', '-')}"
-                given += [flag] if value is True else [flag, str(value)]
+            if value != one.default and one.metadata.get("in_id", True):
+                words = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+                given += [f"--{one.name.replace('_', '-')}", *([] if value is True else words)]
         return shlex.join(given)
 
 

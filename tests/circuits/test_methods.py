@@ -109,8 +109,9 @@ def test_integrated_gradients_are_complete(family):
     engine = Engine(Graph(of), pairs(of, False))
     change = engine.empty - engine.full
     from_embedding = engine.graph.edges[:, 1] == 0
+    many = 160 if family == "opt" else 64  # the kinks of a ReLU slow the rule down
     errors = [
-        (changes(engine, EAPIG(steps))[:, from_embedding].sum(-1) - change).abs().max().item() for steps in (8, 64)
+        (changes(engine, EAPIG(steps))[:, from_embedding].sum(-1) - change).abs().max().item() for steps in (8, many)
     ]
     assert errors[1] < 0.02 * float(change.abs().max())
     assert errors[1] < errors[0] or errors[0] < 1e-3

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import factual_recall, induction_heads, ioi_knockout, steering
+from experiments import factual_recall, induction_heads, ioi_circuit, ioi_knockout, steering
 from experiments.expected import REFERENCE, compare
 from experiments.settings import Settings
 
@@ -13,6 +13,15 @@ SMALL = {
     induction_heads: {"n": 4, "n_causal": 2, "period": 12, "k": 2, "draws": 2},
     ioi_knockout: {"n": 8, "k": 2, "draws": 2},
     factual_recall: {"n": 4, "every": 15, "draws": 1},
+    ioi_circuit: {
+        "n": 4,
+        "n_held_out": 4,
+        "method": "eap",
+        "sample": 8,
+        "n_paths": 2,
+        "per_class": 1,
+        "draws": 1,
+    },
     steering: {"layers": (10, 14), "strengths": (-1.0, 1.0), "draws": 2, "new_tokens": 4},
 }
 
