@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mechinterp as mi
+from experiments.expected import REFERENCE
 from experiments.settings import Settings
 
 if TYPE_CHECKING:
@@ -146,6 +147,27 @@ def compare_searches(circuit: "Circuit", other: "Scores", size: float) -> dict[s
         "of the circuit": float(included[circuit.kept].mean()),
         "of all edges": float(included.mean()),
     }
+
+
+def published(task: str, model: mi.HookedModel, found: Study) -> dict[str, float]:
+    """Share of each published class of heads or MLPs that writes along an edge of the circuit; nothing for a model of
+    which no classes are published."""
+    path = REFERENCE / f"{task}_nodes_{model.info.name}.json"
+    if not path.is_file():
+        return {}
+    graph = found.circuit.graph
+    writing = {graph.sources[i].name for i in graph.edges[found.circuit.kept][:, 1].tolist()}
+    classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
+    return {
+        f"published {name} in the circuit": sum(one in writing for one in members) / len(members)
+        for name, members in classes.items()
+    }
+
+
+def shares(values: Mapping[str, float]) -> str:
+    """What `published` found, in words; empty without published classes."""
+    told = [f"{name}: {value:.0%}" for name, value in values.items() if name.startswith("published ")]
+    return "; ".join(told)
 
 
 def sections(found: Study, pairs: "PromptPairs") -> "list[mi.reporting.Section]":

@@ -9,7 +9,6 @@ start year, and MLPs behind them that raise later years. The experiment
 3. compares with expected values, and for GPT-2 with the published heads and MLPs.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 import mechinterp as mi
-from experiments.circuit_study import HELD_OUT, Study, StudySettings, sections, study
-from experiments.expected import REFERENCE, Comparison, compare
+from experiments.circuit_study import HELD_OUT, Study, StudySettings, published, sections, shares, study
+from experiments.expected import Comparison, compare
 from experiments.settings import finished
 
 if TYPE_CHECKING:
@@ -40,10 +39,10 @@ def main(config: Config) -> Path:
         baseline = mi.baseline(model, task, seed=config.seed)
         run.log(str(baseline))
         found = study(model, lambda n, seed: mi.tasks.greater_than(model, n, seed), run, config)
-        values = {**found.values(), **published(model, found)}
+        values = {**found.values(), **published("greater_than", model, found)}
         settings = {"n": config.n, "seed": config.seed, "method": config.method, "bos": bool(task.clean.bos)}
         against = compare("greater_than_circuit", model.info.name, values, settings)
-        path = run.finish(report(model, task, baseline, found, against, config))
+        path = run.finish(report(model, task, baseline, found, values, against, config))
         run.log(f"\n{found.finding(model)}\n\n{writers(found)}\n\n{against.verdict}")
     finished(path)
     return path
@@ -58,24 +57,12 @@ def writers(found: Study, n: int = 12) -> list[tuple[str, float]]:
     return sorted(named, key=lambda one: -abs(one[1]))[:n]
 
 
-def published(model: mi.HookedModel, found: Study) -> dict[str, float]:
-    """Share of the published heads and MLPs that write along an edge of the circuit; only for the model that they are
-    of."""
-    path = REFERENCE / f"greater_than_nodes_{model.info.name}.json"
-    if not path.exists():
-        return {}
-    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
-    sources = {
-        found.circuit.graph.sources[i].name for i in found.circuit.graph.edges[found.circuit.kept][:, 1].tolist()
-    }
-    return {"published nodes in the circuit": sum(one in sources for one in nodes) / len(nodes)}
-
-
 def report(
     model: mi.HookedModel,
     task: "PromptPairs",
     baseline: Any,
     found: Study,
+    values: dict[str, float],
     against: Comparison,
     config: Config,
 ) -> "mi.reporting.Report":
@@ -94,7 +81,7 @@ def report(
         sections=(
             *sections(found, task),
             mi.reporting.Section("Who writes into the logits", "Nodes of the circuit.", table=table),
-            mi.reporting.Section("Against expected values", table=against.table()),
+            mi.reporting.Section("Against expected values", shares(values), table=against.table()),
         ),
         caveats=(
             "Where a tokenizer makes every digit a token, what is asked is the decade digit.",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 import mechinterp as mi
-from experiments.circuit_study import HELD_OUT, Study, StudySettings, sections, study
+from experiments.circuit_study import HELD_OUT, Study, StudySettings, published, sections, shares, study
 from experiments.expected import Comparison, compare
 from experiments.settings import finished
 
@@ -36,7 +36,7 @@ class Config(StudySettings):
 
     n_paths: int = 16
     """Pairs of path patching."""
-    per_class: int = 4
+    per_class: int = 8
     """Heads of each class, at most."""
     draws: int = 4
     """Random sets of nodes for completeness and minimality."""
@@ -60,11 +60,13 @@ def main(config: Config) -> Path:
                 swapped.circuit, task, classes, draws=config.draws, greedy_steps=2, seed=config.seed),
             _properties().load, lambda result, path: result.save(path),
         )  # fmt: skip
-        found = {**swapped.values(), **beside, **agreement(swapped, classes)}
+        found = {**swapped.values(), **beside, **agreement(swapped, classes), **published("ioi", model, swapped)}
         settings = {"n": config.n, "seed": config.seed, "method": config.method, "bos": bool(task.clean.bos)}
         against = compare("ioi_circuit", model.info.name, found, settings)
         answer = swapped.finding(model)
-        path = run.finish(report(model, task, baseline, swapped, beside, stages, classes, kinds, against, config))
+        path = run.finish(
+            report(model, task, baseline, swapped, beside, stages, classes, kinds, found, against, config)
+        )
         run.log(f"\n{answer}\n\n{story(classes, swapped)}\n\n{beside}\n\n{kinds.summary()}\n\n{against.verdict}")
     finished(path)
     return path
@@ -113,8 +115,9 @@ def paths(model: mi.HookedModel, run: "mi.reporting.Run", config: Config) -> "di
 
     stage(WRITERS, ["logits"])
     stage(ASKERS, [f"{head}<q>" for head in leading(stages[WRITERS], config.per_class)])
-    groups = {group_of(model, head) for head in leading(stages[ASKERS], config.per_class)}
-    stage(TELLERS, [f"{group}<{name}>" for group in sorted(groups) for name in "kv"])
+    groups = {group_of(model, head) for head in classes_of(stages, config).get(ASKERS, [])}
+    if groups:
+        stage(TELLERS, [f"{group}<{name}>" for group in sorted(groups) for name in "kv"])
     return stages
 
 
@@ -137,7 +140,8 @@ def classes_of(stages: "dict[str, PathPatches]", config: Config) -> Classes:
     made: Classes = {}
     for name, patches in stages.items():
         taken = {head for members in made.values() for head in members}
-        fresh = [head for head in leading(patches, 2 * config.per_class) if head not in taken][: config.per_class]
+        fresh = [head for head in leading(patches, len(taken) + config.per_class) if head not in taken]
+        fresh = fresh[: config.per_class]
         if fresh:
             made[name] = fresh
     return made
@@ -180,6 +184,7 @@ def report(
     stages: "dict[str, PathPatches]",
     classes: Classes,
     kinds: "Properties",
+    values: dict[str, float],
     against: Comparison,
     config: Config,
 ) -> "mi.reporting.Report":
@@ -221,7 +226,7 @@ def report(
             heads,
             properties_section(kinds),
             other,
-            mi.reporting.Section("Against expected values", table=against.table()),
+            mi.reporting.Section("Against expected values", shares(values), table=against.table()),
         ),
         caveats=(
             "The search and all measures ablate by the corrupted prompt of the pair, so they see what differs between "

@@ -31,7 +31,7 @@ from mechinterp.circuits.scores import Scores, pair_hashes
 from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance, templates_of
 from mechinterp.hooked.suffix import Read
-from mechinterp.metrics import KL, LogitDiff, Metric
+from mechinterp.metrics import KL, LogitDiff, Metric, as_metric
 from mechinterp.results import Result, plain
 from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_difference, resampling_weights
 from mechinterp.tasks.pairs import PromptPairs
@@ -214,8 +214,8 @@ class Runner:
         max_bytes: int | None = None,
     ) -> "Runner":
         """An engine that reads the whole vocabulary."""
-        probe = Engine(graph, pairs, ablation, direction, metric, max_bytes)
-        whole = Read(probe.metric.read(probe.pairs).positions)
+        metric = as_metric(metric)
+        whole = Read(metric.read(metric.prepare(pairs)).positions)
         return cls(Engine(graph, pairs, ablation, direction, metric, max_bytes, read=whole))
 
     def run(self, circuit: Circuit, bar: tqdm | None = None) -> Run:

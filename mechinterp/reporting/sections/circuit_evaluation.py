@@ -70,7 +70,8 @@ def protocol_section(result: ProtocolSweep) -> Section:
     )  # fmt: skip
     text = (
         f"{result.summary()}.\n\nWhat is kept (edges, or whole nodes), what cut edges carry, whether the circuit is "
-        "left in the clean run (noise) or restored into the corrupted one (denoise), and at which positions."
+        "left in the clean run (noise) or restored into the corrupted one (denoise), and at which positions. What is "
+        "restored is the clean run's own activation, so the circuit's last edges alone can bring the answer back."
     )
     return Section("The range of answers", text, figures=(figure,))
 
