@@ -6,4 +6,6 @@ bash scripts/setup.sh dev
 .venv/bin/python -m ruff check
 .venv/bin/python -m ruff format --check
 .venv/bin/python -m pyright --pythonpath .venv/bin/python
-exec .venv/bin/python -m pytest "$@"
+# One thread and one worker a core: two threads in two workers wait for each other. Each worker holds the real model.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal "$@"
