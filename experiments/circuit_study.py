@@ -104,6 +104,10 @@ def study(
     from mechinterp.circuits import Evaluation, files
     from mechinterp.circuits.protocol import ProtocolSweep
 
+    if mi.circuits.METHODS[config.method].level == "node":
+        raise mi.UserError(
+            f"--method {config.method} scores nodes; a circuit study needs scores of edges, such as eap-ig"
+        )
     graph = mi.circuits.Graph(model)
     search, held_out = make(config.n, config.seed), make(config.n_held_out, config.seed + HELD_OUT)
 
@@ -205,7 +209,8 @@ def fidelity_section(found: Mapping[str, Any]) -> "mi.reporting.Section":
     columns = tuple(found["strata"][0])
     return mi.reporting.Section(
         "Scores and exact effects",
-        f"{found['n']} edges, drawn from four strata of |score|, were patched exactly: rank correlation {told}. Edges "
+        f"{found['n']} edges, drawn from four strata of |score|, were patched exactly, on at most {EXACT} "
+        f"of the pairs: rank correlation {told}. Edges "
         f"outside the top 2% hold {mass} of all exact effects: what a circuit of this size leaves out.",
         table=mi.reporting.Table(columns, rows, "In the metric's unit."),
     )

@@ -9,7 +9,6 @@
 4. Compare with expected values: measured before on SmolLM2, published for GPT-2.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from experiments.expected import Comparison, compare
 from experiments.settings import finished
 
 if TYPE_CHECKING:
+    from mechinterp.circuits import Evaluation
     from mechinterp.circuits.path_patching import PathPatches
     from mechinterp.circuits.properties import Properties
     from mechinterp.tasks import PromptPairs
@@ -60,14 +60,16 @@ def main(config: Config) -> Path:
                 swapped.circuit, task, classes, draws=config.draws, greedy_steps=2, seed=config.seed),
             _properties().load, lambda result, path: result.save(path),
         )  # fmt: skip
-        found = {**swapped.values(), **beside, **agreement(swapped, classes), **published("ioi", model, swapped)}
+        found = swapped.values() | values_beside(beside, config.size) | agreement(swapped, classes)
+        found |= published("ioi", model, swapped)
         settings = {"n": config.n, "seed": config.seed, "method": config.method, "bos": bool(task.clean.bos)}
         against = compare("ioi_circuit", model.info.name, found, settings)
         answer = swapped.finding(model)
         path = run.finish(
             report(model, task, baseline, swapped, beside, stages, classes, kinds, found, against, config)
         )
-        run.log(f"\n{answer}\n\n{story(classes, swapped)}\n\n{beside}\n\n{kinds.summary()}\n\n{against.verdict}")
+        told = (answer, story(classes, swapped), f"new names: {beside.summary()}", kinds.summary(), against.verdict)
+        run.log("\n" + "\n\n".join(told))
     finished(path)
     return path
 
@@ -78,24 +80,25 @@ def _properties() -> "type[Properties]":
     return Properties
 
 
-def new_names(model: mi.HookedModel, run: "mi.reporting.Run", config: Config) -> dict[str, float]:
-    """Faithfulness, CMD and CPR with three new names as the corruption, for comparison."""
+def new_names(model: mi.HookedModel, run: "mi.reporting.Run", config: Config) -> "Evaluation":
+    """The same search and evaluation with three new names as the corruption."""
+    from mechinterp.circuits import Evaluation
 
-    def make() -> dict[str, float]:
-        pairs = [
-            mi.tasks.ioi(model, n, seed, "new-names")
-            for n, seed in ((config.n, config.seed), (config.n_held_out, config.seed + HELD_OUT))
-        ]
-        scores = mi.circuits.find(mi.circuits.Graph(model), pairs[0], config.method, controls=False, seed=config.seed)
-        result = mi.circuits.evaluate(scores, pairs[1], control_sizes=(), seed=config.seed)
-        at = result.data["faithfulness"].sel(selection="absolute")
-        return {
-            f"new names: faithfulness at {config.size:.0%}": float(at.sel(size=config.size, method="nearest")),
-            "new names: cmd": result.about["cmd"]["value"],
-            "new names: cpr": result.about["cpr"]["value"],
-        }
+    def make() -> Evaluation:
+        search = mi.tasks.ioi(model, config.n, config.seed, "new-names")
+        held_out = mi.tasks.ioi(model, config.n_held_out, config.seed + HELD_OUT, "new-names")
+        scores = mi.circuits.find(mi.circuits.Graph(model), search, config.method, seed=config.seed)
+        sizes = sorted({*mi.circuits.GRID, config.size})
+        return mi.circuits.evaluate(scores, held_out, sizes=sizes, control_sizes=(config.size,), seed=config.seed)
 
-    return run.part("new-names.json", make, _read, _write)
+    return run.part("new-names", make, Evaluation.load, lambda result, path: result.save(path))
+
+
+def values_beside(beside: "Evaluation", size: float) -> dict[str, float]:
+    """What is compared with expected values, of the search with new names."""
+    at = float(beside.data["faithfulness"].sel(selection="absolute", size=size))
+    areas = {f"new names: {name}": beside.about[name]["value"] for name in ("cmd", "cpr")}
+    return {f"new names: faithfulness at {size:.0%}": at, **{k: v for k, v in areas.items() if v is not None}}
 
 
 def paths(model: mi.HookedModel, run: "mi.reporting.Run", config: Config) -> "dict[str, PathPatches]":
@@ -167,20 +170,12 @@ def story(classes: Classes, found: Study) -> str:
     return "\n".join([*lines, f"by chance: the circuit holds {share:.0%} of all heads"])
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(value: Any, path: Path) -> None:
-    mi.results.write_json(path, value)
-
-
 def report(
     model: mi.HookedModel,
     task: "PromptPairs",
     baseline: Any,
     found: Study,
-    beside: dict[str, float],
+    beside: "Evaluation",
     stages: "dict[str, PathPatches]",
     classes: Classes,
     kinds: "Properties",
@@ -189,7 +184,11 @@ def report(
     config: Config,
 ) -> "mi.reporting.Report":
     """The page."""
-    from mechinterp.reporting.sections.circuit_evaluation import properties_section
+    from mechinterp.reporting.sections.circuit_evaluation import (
+        control_section,
+        faithfulness_figure,
+        properties_section,
+    )
     from mechinterp.reporting.sweeps import baseline_rows, prompt_preview
 
     writing = {f"a{layer}.h{head}" for layer, head in found.circuit.heads}
@@ -210,8 +209,10 @@ def report(
     )
     other = mi.reporting.Section(
         "With three new names",
-        "The same search and evaluation, corrupted by three unrelated names instead of a swapped subject.",
-        table=mi.reporting.Table(("quantity", "value"), tuple(beside.items())),
+        "The same search and evaluation, corrupted by three unrelated names instead of a swapped subject.\n\n"
+        + beside.summary(),
+        figures=(faithfulness_figure(beside),),
+        table=control_section(beside).table,
     )
     return mi.reporting.Report(
         title="Which edges compute the indirect object?",

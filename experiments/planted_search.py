@@ -172,7 +172,7 @@ def scored(
     from mechinterp.circuits.rankings import by_norm
 
     if name == CONTROL:
-        values = by_norm(mi.circuits.Engine(graph, pairs, direction=direction), config.seed)
+        values = by_norm(mi.circuits.Engine(graph, pairs, direction=direction), "edge", config.seed)
         return mi.circuits.Scores(graph, values, "edge", values.new_zeros(0, len(values)))
     method = method_of(name, n / graph.n_edges, config)
     return mi.circuits.find(

@@ -117,7 +117,7 @@ def bootstrap_ratio(
         part = slice(start, start + CHUNK)
         with np.errstate(divide="ignore", invalid="ignore"):  # a rare draw may have a denominator of exactly 0
             ratios = (cells[part] @ weights.T) / base_draws + 0.0
-        limits[:, part] = _bias_corrected(ratios, estimate[part], level)
+        limits[:, part] = bias_corrected(ratios, estimate[part], level)
     shape = numerator.shape[:-1]
     return Interval(estimate.reshape(shape), limits[0].reshape(shape), limits[1].reshape(shape))
 
@@ -209,11 +209,11 @@ def _cells(values: Num[np.ndarray, "*cell prompt"], what: str) -> Float64[np.nda
 
 
 def _holds_zero(draws: Float64[np.ndarray, " draw"], estimate: float, level: float) -> bool:
-    low, high = _bias_corrected(draws[None], np.array([estimate], dtype=np.float64), level)
+    low, high = bias_corrected(draws[None], np.array([estimate], dtype=np.float64), level)
     return bool(low[0] <= 0 <= high[0])
 
 
-def _bias_corrected(
+def bias_corrected(
     draws: Float64[np.ndarray, "cells draw"], estimate: Float64[np.ndarray, " cells"], level: float
 ) -> Float64[np.ndarray, "2 cells"]:
     """BC percentile limits: percentiles shifted by twice the normal score of the share of draws below the estimate."""

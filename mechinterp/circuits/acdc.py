@@ -69,7 +69,6 @@ class ACDC(Method):
         waiting = kept.nonzero().flatten()  # the graph's own order: by destination, as they read
         waiting = waiting.flip(0) if self.order == "reverse" else waiting
         hurt, width, widest = _hurt(engine, kept[None])[0], 1, max(1, engine.rows_per_call // len(engine))
-        feeds = _feeds(engine.graph)
         with tqdm(total=len(waiting), desc=f"acdc {threshold:g}", unit="edge", disable=not engine.progress) as bar:
             while len(waiting):
                 tried = waiting[:width]
@@ -79,7 +78,7 @@ class ACDC(Method):
                 refused = (hurts.diff(prepend=hurt[None]) >= threshold).nonzero().flatten().tolist()
                 n_cut = refused[0] if refused else len(tried)
                 if n_cut:
-                    kept, hurt = _without_dead(engine.graph, feeds, circuits[n_cut - 1]), hurts[n_cut - 1]
+                    kept, hurt = _without_dead(engine.graph, circuits[n_cut - 1]), hurts[n_cut - 1]
                 left = waiting[n_cut + bool(refused) :]
                 left = left[kept[left]]
                 width = max(1, width // 2) if refused else min(2 * width, widest)
@@ -93,22 +92,14 @@ def _hurt(engine: Engine, kept: Tensor) -> Tensor:
     return helps(engine, engine.values(engine.graph.mask(kept))).double().mean(1)
 
 
-def _feeds(graph: Graph) -> Tensor:
-    """`[destination source]` bool: the sources that a destination is an input of."""
-    feeds = torch.zeros(len(graph.destinations), len(graph.sources), dtype=torch.bool)
-    for i, destination in enumerate(graph.destinations):
-        feeds[i, list(destination.feeds)] = True
-    return feeds
-
-
-def _without_dead(graph: Graph, feeds: Tensor, kept: Tensor) -> Tensor:
+def _without_dead(graph: Graph, kept: Tensor) -> Tensor:
     """`[edge]` without edges into nodes that have no outgoing edge left.
 
     Not `Graph.prune`: an edge that the embedding does not reach still has an effect where values are not resampled.
     """
     while True:
         writes = graph.mask_of(kept).any(0)
-        alive = (feeds & writes).any(1)
+        alive = (graph.feeds & writes).any(1)
         alive[-1] = True  # the logits feed no source
         left = kept & alive[graph.edges[:, 0]]
         if torch.equal(left, kept):

@@ -69,6 +69,10 @@ class AtPStar(Method):
                 f"and keys; found Graph({found}). Valid: mlp='layer' and qkv='kv_group', or qk_fix=False"
             )
 
+    @property
+    def reads_labels(self) -> bool:
+        return not self.grad_drop  # which takes magnitudes, prompt by prompt
+
     def scores(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         self.check(engine)
         drops = [None, *range(engine.model.n_layers)] if self.grad_drop else [None]

@@ -75,7 +75,8 @@ class Circuit:
         return self.graph.mask(self.kept)
 
     def run(self, text: Input, corrupted: Input | None = None, ablation: Ablation | str | None = None) -> Tensor:
-        """The circuit's own logits `[prompt pos d_vocab]`: every edge outside of it is ablated.
+        """The circuit's own logits `[prompt pos d_vocab]`: in the run of `text` every edge outside of it is ablated,
+        whichever direction it was found in.
 
         Args:
             text: the prompts.

@@ -22,10 +22,11 @@ from mechinterp.circuits.ablations import Ablated, Ablation, Direction
 from mechinterp.circuits.graph import Graph
 from mechinterp.circuits.masked_run import MaskedRun
 from mechinterp.circuits.mixing import Mixer, Store
-from mechinterp.circuits.outputs import outputs, sites
+from mechinterp.circuits.outputs import outputs, site_of, sites
 from mechinterp.errors import UserError
 from mechinterp.hooked import schedule, suffix
 from mechinterp.hooked.interventions import Rows
+from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.sites import Site
 from mechinterp.hooked.weights import mlp_out
 from mechinterp.metrics import Metric, as_metric
@@ -69,6 +70,7 @@ class Engine:
         Raises:
             UserError: see `Ablation.prepare` and `Graph.at`; less memory than one prompt needs.
         """
+        _refuse_in_force(graph.model)
         self.metric, self.progress = as_metric(metric), progress
         self.pairs = self.metric.prepare(pairs)
         self.graph = graph.at(self.pairs)
@@ -119,7 +121,13 @@ class Engine:
         return max(1, min(fits, best))
 
     def parts(self) -> Iterator["Part"]:
-        """The prompts, a call's at a time."""
+        """The prompts, a call's at a time; recorded once where the budget holds all of them."""
+        if self._parts_kept is None:
+            yield from self._record()
+        else:
+            yield from self._parts_kept
+
+    def _record(self) -> Iterator["Part"]:
         for index in torch.arange(len(self)).split(self.rows_per_call):
             yield Part(self, index)
 
@@ -128,7 +136,7 @@ class Engine:
         """All parts, where the budget holds them: many circuits are then run on the same recordings."""
         if len(self) * self.bytes_per_prompt > self.max_bytes:
             return None
-        return list(self.parts())
+        return list(self._record())
 
     def logits(self, masks: Tensor) -> Tensor:
         """`[circuit prompt target column]` of circuits, on the CPU.
@@ -139,7 +147,7 @@ class Engine:
         """
         per_prompt = masks.ndim == 5
         made = []
-        for part in self._parts_kept or self.parts():
+        for part in self.parts():
             n = max(1, self.rows_per_call // len(part))
             ours = masks[:, part.index] if per_prompt else masks
             made.append(torch.cat([part.logits(chunk).detach().cpu() for chunk in ours.split(n)]))
@@ -170,6 +178,22 @@ class Engine:
     def empty(self) -> Tensor:
         """`[prompt]` metric with every edge cut."""
         return self.values(torch.zeros(1, *self.graph.valid.shape))[0]
+
+
+def _refuse_in_force(model: HookedModel) -> None:
+    """Raise UserError for interventions that a masked forward would overrule: it makes the inputs of heads and MLPs
+    itself, and runs prompts apart from each other."""
+    for bound in model.in_force:
+        name = bound.writes.name
+        if name in ("q", "k", "v") or bound.writes.kind.virtual or name.endswith("_scale"):
+            raise UserError(
+                f"an intervention at {bound.writes} is in force, but a circuit's forward makes the inputs of heads and "
+                "MLPs itself. Valid in force: residual streams, z, attn_out, mlp_out, mlp_post, pattern"
+            )
+        if not bound.intervention.folds:
+            raise UserError(
+                f"a function of the whole batch is in force at {bound.writes}; circuits run some prompts at a time"
+            )
 
 
 @dataclass(eq=False)
@@ -245,11 +269,30 @@ class Part:
             mask: `[circuit destination source place]`, or `[circuit batch destination source place]`, one for each
                 prompt; None keeps every edge of one circuit.
             pins: source -> what it writes instead of its live output, `[batch pos …]` as its site has it (a head's z,
-                an MLP's output, the embedding), at all positions.
+                an MLP's output, the embedding); what it holds before `start` must be what the run has there.
         """
+        self._check_pins(pins or {})
         circuits = 1 if mask is None else len(mask)
         run = MaskedRun(self.graph, self.start, circuits, None if mask is None else self._mixer(mask), pins or {})
         return self._replay(run, circuits)
+
+    def _check_pins(self, pins: Mapping[str, Tensor]) -> None:
+        """Raise UserError for a pin that cannot be put in."""
+        for name, value in pins.items():
+            if name not in self.graph.source_index:
+                raise UserError(f"pins: this graph has no source {name!r}")
+            site = site_of(self.graph, self.graph.source_index[name])
+            if site.name == "mlp_post":
+                raise UserError(f"pins: {name} is a neuron; heads, whole MLPs and the embedding can be pinned")
+            run = self.recording.activations[site.hook_name]
+            run = run if site.head is None else run[:, :, site.head]
+            if value.shape != run.shape:
+                raise UserError(f"pins: {name} writes {list(run.shape)}; found {list(value.shape)}")
+            if not torch.equal(value[:, : self.start].to(run), run[:, : self.start]):
+                raise UserError(
+                    f"pins: {name} differs before position {self.start}, the first at which the two runs differ: "
+                    "positions before it are not run again"
+                )
 
     def metric(self, mask: Tensor | None, pins: Mapping[str, Tensor] | None = None) -> Tensor:
         """`[circuit batch]` metric under masks; see `logits`. Differentiable."""
@@ -300,7 +343,7 @@ class Part:
 
     def _mixer(self, mask: Tensor) -> Mixer:
         """A mask of circuits, or of circuits × prompts, which are then circuits of one prompt each."""
-        like, graph = self.live.vectors, self.graph
+        like = self.live.vectors
         per_prompt = mask.ndim == 5
         mask = mask.to(like)
         circuits = len(mask)
@@ -312,11 +355,17 @@ class Part:
         else:
             ablated = values.flatten(1, 2)[None]
         shape = (len(mask), len(values), rows, self.model.d_model)
+        if torch.is_grad_enabled() and (mask.requires_grad or values.requires_grad):
+            store = Store(*shape, like)  # of its own: a later run must not write over what a backward will read
+            return self._mixer_of(mask, ablated, store, per_prompt, circuits)
         store = self._stores.get(shape)
         if store is None:
             self._stores.clear()
             store = self._stores[shape] = Store(*shape, like)
-        store.grad = None
+        return self._mixer_of(mask, ablated, store, per_prompt, circuits)
+
+    def _mixer_of(self, mask: Tensor, ablated: Tensor, store: Store, per_prompt: bool, circuits: int) -> Mixer:
+        graph, like = self.graph, self.live.vectors
         neurons = {}
         for layer, silent in self.ablated.neurons.items():
             first = next(

@@ -5,13 +5,17 @@
    a mechanistic interpretability benchmark"). CMD = ∫ |1 − f| dk of the top edges by *absolute* score, CPR = ∫ f dk
    of those by *signed* score, both by the trapezoid rule; never both from one selection. CPR grows when edges that hurt
    are left out, so it can exceed 1: read CMD first.
+   They are given for grids that reach from MIB's smallest size to 1. Noise in f adds to |1 − f|, so CMD is biased
+   upwards, if at all.
 3. Intervals are over prompts, which were not searched on: pairs that were are dropped, and their number is said.
 4. Beside the metric: accuracy, and KL(model ‖ circuit) over the whole vocabulary.
 5. Controls of the same size: the rankings that `find` made (rankings.py), rewirings of the found circuit, and the found
-   circuit on other heads (rewiring.py). The difference to each is paired over prompts.
+   circuit on other heads (rewiring.py); the norm ranking is run grown from the logits, too, so that it cannot score 0
+   for being disconnected. The difference to each is paired over prompts; of rewirings it is that to the mean of five,
+   and conditional on these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +37,13 @@ from mechinterp.evaluation import provenance, templates_of
 from mechinterp.hooked.suffix import Read
 from mechinterp.metrics import KL, LogitDiff, Metric, as_metric
 from mechinterp.results import Result, plain
-from mechinterp.statistics import bootstrap_ratio, interval_scope, paired_difference, resampling_weights
+from mechinterp.statistics import (
+    bias_corrected,
+    bootstrap_ratio,
+    interval_scope,
+    paired_difference,
+    resampling_weights,
+)
 from mechinterp.tasks.pairs import PromptPairs
 
 if TYPE_CHECKING:
@@ -49,8 +59,9 @@ class Evaluation(Result):
     """Faithfulness by selection and size.
 
     `data` holds, over `selection` ("absolute", "signed") and `size` (share of the edges): `faithfulness`, `ci_low`,
-    `ci_high` (95%), `edges` (after pruning), `accuracy`, `kl`, and `metric` with a further axis `prompt`; over `prompt`
-    alone `full` and `empty`. `about` holds `cmd` and `cpr` with their intervals, `controls` and how all was run.
+    `ci_high` (95%), `edges` (after pruning), `accuracy` and `kl` with their `_low` and `_high`, and `metric` with a
+    further axis `prompt`; over `prompt` alone `full` and `empty`. `about` holds `cmd` and `cpr` with their intervals,
+    `controls` and how all was run.
     """
 
     def top(self, n: int = 12) -> pd.DataFrame:
@@ -66,7 +77,7 @@ class Evaluation(Result):
         return pd.DataFrame(self.about["controls"])
 
     def summary(self) -> str:
-        """One line: CMD, CPR, and the circuit that controls were compared with."""
+        """One line: CMD and CPR, or the faithfulness of the smallest size where the grid has no areas."""
         cmd, cpr = self.about["cmd"], self.about["cpr"]
         ends = [
             f"{name} {one['value']:.3f} [{one['ci_low']:.3f}, {one['ci_high']:.3f}]"
@@ -75,9 +86,16 @@ class Evaluation(Result):
         ]
         return (
             f"{self.about['method']} on {self.about['task']}, {self.about['ablation']} {self.about['direction']}: "
-            f"{', '.join(ends) or 'undefined: the two runs do not differ'} "
+            f"{', '.join(ends) or self._smallest()} "
             f"(n={self.about['n_prompts']} held-out pairs, 95% {self.about['scope']})"
         )
+
+    def _smallest(self) -> str:
+        one = self.data.isel(size=0).sel(selection="absolute")
+        value, low, high = (float(one[name]) for name in ("faithfulness", "ci_low", "ci_high"))
+        if not np.isfinite(value):
+            return "undefined: the two runs do not differ"
+        return f"faithfulness at {float(one['size']):.1%} of the edges {value:.2f} [{low:.2f}, {high:.2f}]"
 
     def figure(self) -> "go.Figure":
         """Faithfulness over the share of edges that are kept."""
@@ -90,7 +108,7 @@ class Evaluation(Result):
         curves = {}
         for name in self.data["selection"].values.tolist():
             one = self.data.sel(selection=name)
-            arrays = {key: plain(one[key]) for key in ("faithfulness", "ci_low", "ci_high", "edges", "accuracy", "kl")}
+            arrays = {str(key): plain(one[key]) for key in one.data_vars if "prompt" not in one[key].dims}
             curves[name] = {"k": one["size"].values.tolist(), "value": arrays.pop("faithfulness"), **arrays}
         about = dict(self.about)
         cmd, cpr, controls = about.pop("cmd"), about.pop("cpr"), about.pop("controls")
@@ -134,12 +152,17 @@ def evaluate(
     Raises:
         UserError: no pair is held out; an ablation whose values the scores do not carry; see `Engine`.
     """
-    held_out, dropped = _held_out(scores, pairs)
+    sizes = _ascending(sizes)
+    held_out, dropped = held_out_of(scores.about, pairs)
     asked = Ablation.described(scores.about, ablation or scores.ablation)
     direction = as_direction(direction or scores.about.get("direction", "noise"))
     metric = scores.about.get("metric") if metric is None else metric
     runner = Runner.of(scores.graph, held_out, asked, direction, metric, max_bytes)
-    chosen = {(by, k): scores.select(float(k), by=by) for by in SELECTIONS for k in sizes}  # type: ignore[arg-type]
+    chosen = {
+        (by, k): scores.select(k, by=by, inclusion=False)  # type: ignore[arg-type]
+        for by in SELECTIONS
+        for k in sizes
+    }
     rivals = _rivals(scores, control_sizes, seed)
     with tqdm(total=len(chosen) + len(rivals), desc="evaluate", unit="circuit", disable=not progress) as bar:
         runs = {key: runner.run(circuit, bar) for key, circuit in chosen.items()}
@@ -153,11 +176,12 @@ def evaluate(
         "metric": engine.metric.name,
         "seed": seed,
         "dropped": dropped,
+        "searched_on": {name: scores.about.get(name) for name in ("task", "corruption", "n_prompts", "seed")},
         "scope": interval_scope(templates_of(held_out)),
         "baseline": {"full": float(runner.full.mean()), "empty": float(runner.empty.mean())},
         "cmd": _area(runner, data, "absolute", seed),
         "cpr": _area(runner, data, "signed", seed),
-        "controls": _compared(runner, scores, runs, others, control_sizes, seed),
+        "controls": _compared(runner, scores, runs, rivals, others, control_sizes, seed),
     }
     return Evaluation(data, about)
 
@@ -171,21 +195,24 @@ def faithfulness(
     about = circuit.about
     asked = Ablation.described(about, ablation)
     direction = as_direction(direction or about.get("direction", "noise"))
+    pairs, _ = held_out_of(about, pairs)
     runner = Runner.of(circuit.graph, pairs, asked, direction, metric or about.get("metric"))
     run = runner.run(circuit)
     found = runner.ratio(run.metric[None], seed)
     values = {name: float(one[0]) for name, one in zip(("faithfulness", "ci_low", "ci_high"), found, strict=True)}
     ends = {"full": float(runner.full.mean()), "empty": float(runner.empty.mean()), "metric": float(run.metric.mean())}
-    return plain({**values, "accuracy": run.accuracy, "kl": run.kl, **ends})
+    accuracy = None if run.accuracy is None else float(run.accuracy.mean())
+    return plain({**values, "accuracy": accuracy, "kl": float(run.kl.mean()), **ends})
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a circuit does: `[prompt]` metric, and the means of accuracy and KL (None where undefined)."""
+    """What a circuit does on each prompt, `[prompt]`: the metric, whether the answer wins (None without wrong answers),
+    and KL(model ‖ circuit) in nats."""
 
     metric: np.ndarray
-    accuracy: float | None
-    kl: float
+    accuracy: np.ndarray | None
+    kl: np.ndarray
 
 
 class Runner:
@@ -242,9 +269,9 @@ class Runner:
         accuracy = None
         if pairs.answers.has_wrong:
             gap = LogitDiff()(_take(logits, LogitDiff().columns(pairs.answers)), pairs.answers)
-            accuracy = float((gap > 0).double().mean())
-        kl = float(KL()(logits, pairs.answers, self._clean).mean())
-        return Run(values.double().numpy(), accuracy, max(0.0, kl))  # rounding may leave it below 0
+            accuracy = (gap > 0).double().numpy()
+        kl = KL()(logits, pairs.answers, self._clean).double().clamp(min=0)  # rounding may leave it below
+        return Run(values.double().numpy(), accuracy, kl.numpy())
 
     @property
     def clusters(self) -> np.ndarray | None:
@@ -261,9 +288,21 @@ def _take(logits: Tensor, columns: Tensor | None) -> Tensor:
     return logits if columns is None else logits.gather(-1, columns.to(logits.device))
 
 
-def _held_out(scores: Scores, pairs: PromptPairs) -> tuple[PromptPairs, int]:
-    """The pairs that were not searched on, and how many were."""
-    searched = set(scores.about.get("pair_hashes", ()))
+def _ascending(sizes: Sequence[float]) -> list[float]:
+    """The sizes. Raises UserError unless they ascend within 0 … 1."""
+    made = [float(size) for size in sizes]
+    if not made or sorted(set(made)) != made or made[0] <= 0 or made[-1] > 1:
+        raise UserError(f"sizes must be ascending shares of the edges, above 0 and up to 1; found {list(sizes)}")
+    return made
+
+
+def held_out_of(about: Mapping[str, Any], pairs: PromptPairs) -> tuple[PromptPairs, int]:
+    """The pairs that scores or a circuit were not searched on, and how many they were searched on.
+
+    Raises:
+        UserError: none is left.
+    """
+    searched = set(about.get("pair_hashes", ()))
     keep = [i for i, one in enumerate(pair_hashes(pairs)) if one not in searched]
     if not keep:
         raise UserError(
@@ -278,7 +317,9 @@ def _rivals(scores: Scores, sizes: Sequence[float], seed: int) -> dict[tuple[str
     for k in sizes:
         for name in scores.rankings:
             made[name, k, 0] = scores.select(float(k), ranking=name)
-        found = scores.select(float(k))
+        if "norm" in scores.rankings and scores.level == "edge":
+            made["norm-connected", k, 0] = scores.select(float(k), ranking="norm", connect="greedy")
+        found = scores.select(float(k), inclusion=False)
         for draw in range(REWIRINGS):
             for name, make in (("rewired", rewire), ("permuted-heads", permute_heads)):
                 made[name, k, draw] = make(found, seed * REWIRINGS + draw)
@@ -298,14 +339,13 @@ def _curves(
     metric = grid(lambda by, k: runs[by, k].metric)
     estimate, low, high = runner.ratio(metric, seed)
     over = ("selection", "size")
-    undefined = float("nan")
     arrays = {
         "faithfulness": (over, estimate),
         "ci_low": (over, low),
         "ci_high": (over, high),
         "edges": (over, grid(lambda by, k: len(chosen[by, k]))),
-        "accuracy": (over, grid(lambda by, k: undefined if runs[by, k].accuracy is None else runs[by, k].accuracy)),
-        "kl": (over, grid(lambda by, k: runs[by, k].kl)),
+        **_means("kl", grid(lambda by, k: runs[by, k].kl), runner, seed),
+        **_means("accuracy", grid(lambda by, k: runs[by, k].accuracy), runner, seed),
         "metric": ((*over, "prompt"), metric),
         "full": ("prompt", runner.full),
         "empty": ("prompt", runner.empty),
@@ -313,11 +353,21 @@ def _curves(
     return xr.Dataset(arrays, coords={"selection": list(SELECTIONS), "size": [float(k) for k in sizes]})
 
 
+def _means(name: str, values: np.ndarray, runner: Runner, seed: int) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
+    """Mean over prompts and its interval, from `[selection size prompt]`; nan where undefined."""
+    over = ("selection", "size")
+    if values.dtype == object:  # no wrong answers
+        return {name + end: (over, np.full(values.shape[:2], np.nan)) for end in ("", "_low", "_high")}
+    found = bootstrap_ratio(values, None, runner.clusters, seed=seed)
+    return {name: (over, found.estimate), f"{name}_low": (over, found.low), f"{name}_high": (over, found.high)}
+
+
 def _area(runner: Runner, data: xr.Dataset, selection: str, seed: int, draws: int = 2000) -> dict[str, float | None]:
     """CMD of the absolute selection or CPR of the signed one, with its interval over prompts."""
     sizes, metric = data["size"].values, data["metric"].sel(selection=selection).values
     whole = runner.full - runner.empty
-    if not np.isfinite(data["faithfulness"].values).all():
+    whole_grid = sizes[0] <= GRID[0] and sizes[-1] == 1
+    if not whole_grid or not np.isfinite(data["faithfulness"].values).all():
         return {"value": None, "ci_low": None, "ci_high": None}
 
     def area(weights: np.ndarray) -> np.ndarray:
@@ -325,15 +375,18 @@ def _area(runner: Runner, data: xr.Dataset, selection: str, seed: int, draws: in
         return np.asarray(np.trapezoid(np.abs(1 - curve) if selection == "absolute" else curve, sizes, axis=-1))
 
     n = len(whole)
-    resampled = area(resampling_weights(n, runner.clusters, draws, seed)) if n > 1 else np.full(1, np.nan)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return plain({"value": float(area(np.ones((1, n)))[0]), "ci_low": float(low), "ci_high": float(high)})
+    value = area(np.ones((1, n)))
+    if n == 1:
+        return {"value": float(value[0]), "ci_low": None, "ci_high": None}
+    low, high = bias_corrected(area(resampling_weights(n, runner.clusters, draws, seed))[None], value, 0.95)
+    return {"value": float(value[0]), "ci_low": float(low[0]), "ci_high": float(high[0])}
 
 
 def _compared(
     runner: Runner,
     scores: Scores,
     runs: dict[tuple[str, float], Run],
+    rivals: dict[tuple[str, float, int], Circuit],
     others: dict[tuple[str, float, int], Run],
     sizes: Sequence[float],
     seed: int,
@@ -342,17 +395,26 @@ def _compared(
     rows = []
     whole = (runner.full - runner.empty).mean()
     for k in sizes:
-        found = runs["absolute", k].metric if ("absolute", k) in runs else runner.run(scores.select(float(k))).metric
+        found = (
+            runs["absolute", k].metric
+            if ("absolute", k) in runs
+            else runner.run(scores.select(float(k), inclusion=False)).metric
+        )
         for name in dict.fromkeys(name for name, _, _ in others):
-            metric = np.mean([one.metric for (other, at, _), one in others.items() if (other, at) == (name, k)], 0)
+            keys = [key for key in others if key[:2] == (name, k)]
+            metric = np.mean([others[key].metric for key in keys], 0)
             estimate, low, high = runner.ratio(metric[None], seed)
             gap = paired_difference(found, metric, runner.clusters, seed=seed)
-            sides = [float(side) / float(whole) for side in (gap.estimate, gap.low, gap.high)]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                sides = [float(side / whole) for side in (gap.estimate, gap.low, gap.high)]
+            if not np.isfinite(estimate[0]):  # a ratio over nothing
+                sides = [float("nan")] * 3
             rows.append(
                 plain(
                     {
                         "control": name,
                         "size": float(k),
+                        "edges": float(np.mean([len(rivals[key]) for key in keys])),
                         "faithfulness": float(estimate[0]),
                         "ci_low": float(low[0]),
                         "ci_high": float(high[0]),

@@ -115,12 +115,12 @@ def _of_scores(scores: Scores) -> dict[str, Any]:
         columns |= {"ci_low": _rounded(low), "ci_high": _rounded(high)}
         reading["ci_low, ci_high"] = "95% interval of the score over prompts (bootstrap)"
     if len(scores.draws) and level == "edge":
-        n = int(INCLUDED * graph.n_edges)
+        n = max(1, int(INCLUDED * graph.n_edges))
         columns["inclusion"] = _rounded(scores.inclusion(n).numpy())
         reading["inclusion"] = f"share of bootstrap draws in which the edge is among the {n} of largest |score|"
     if scores.rankings:
         reading["rankings"] = (
-            "controls: scores of the edges, in the same order, made without what the scores claim to know"
+            f"controls: scores of the {level}s, in the same order, made without what the scores claim to know"
         )
     return {
         "level": level,
@@ -214,8 +214,7 @@ def _scores(path: str | Path, found: Mapping[str, Any], graph: Graph, about: dic
         made[order] = _numbers(path, values, len(order), what)
         return made
 
-    edges = order if level == "edge" else torch.arange(graph.n_edges)  # rankings are of edges
-    rankings = {name: in_order(values, f"ranking {name!r}", edges) for name, values in found["rankings"].items()}
+    rankings = {name: in_order(values, f"ranking {name!r}", order) for name, values in found["rankings"].items()}
     values = in_order(columns["score"], "a score", order)
     ends = [in_order(columns[name], name, order) for name in ("ci_low", "ci_high") if name in columns]
     interval = torch.stack(ends) if len(ends) == 2 else None

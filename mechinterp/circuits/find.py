@@ -82,14 +82,13 @@ def find(
 
 
 def rankings(engine: Engine, method: Method, seed: int) -> dict[str, Tensor]:
-    """`[edge]` by control; labels are swapped where they are read at all."""
+    """`[unit]` by control; labels are swapped where they are read at all."""
 
     def again(pairs: PromptPairs) -> Tensor:
-        return score(
-            Engine(engine.graph, pairs, engine.ablation, engine.direction, engine.metric, engine.max_bytes), method
-        )
+        settings = (engine.ablation, engine.direction, engine.metric, engine.max_bytes, engine.progress)
+        return score(Engine(engine.graph, pairs, *settings), method)
 
-    made = {"norm": by_norm(engine, seed)}
+    made = {"norm": by_norm(engine, method.level, seed)}
     with reinitialised(engine.model, seed):
         made["reinitialised"] = again(engine.pairs)
     reads_labels = method.reads_labels and not engine.metric.needs_clean and engine.pairs.answers.has_wrong

@@ -129,11 +129,11 @@ class Graph:
         model, read, before = self.model, Site("mlp_in", 0), Site("resid_pre", 0)
         kept: dict[str, Tensor] = {}
 
-        def disturb(z: Tensor, rows: Rows) -> Tensor:
-            return z + torch.linspace(-1, 2, z.numel(), device=z.device).reshape(z.shape)
+        def disturb(out: Tensor, rows: Rows) -> Tensor:
+            return out + torch.linspace(-1, 2, out.numel(), device=out.device).reshape(out.shape)
 
         prompts = Prompts(torch.zeros(1, 2, dtype=torch.long, device=model.device))
-        plan = Plan.of(model, [], [read, before], kept, {Site("z", 0).hook_name: disturb})
+        plan = Plan.of(model, [], [read, before], kept, {Site("attn_out", 0).hook_name: disturb})
         with plan.installed(Rows.all(prompts)):
             call_bridge(model, prompts)
         return torch.equal(kept[read.hook_name], kept[before.hook_name])
@@ -306,7 +306,7 @@ class Graph:
         moves information between them.
         """
         present = self.mask_of(kept)
-        feeds = self._feeds
+        feeds = self.feeds
         reached = torch.zeros(len(self.sources), dtype=torch.bool)
         reached[0] = True
         for i, destination in enumerate(self.destinations):
@@ -329,7 +329,7 @@ class Graph:
         return present.any(-1)
 
     @cached_property
-    def _feeds(self) -> Tensor:
+    def feeds(self) -> Tensor:
         """`[destination source]` bool: the sources that a destination is an input of."""
         feeds = torch.zeros(len(self.destinations), len(self.sources), dtype=torch.bool)
         for i, destination in enumerate(self.destinations):

@@ -37,6 +37,10 @@ class HeadImportance(Method):
     level: ClassVar[Literal["edge", "node"]] = "node"
     at_base: ClassVar[bool] = True
 
+    @property
+    def reads_labels(self) -> bool:
+        return False  # magnitudes, prompt by prompt
+
     def scores(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         self.check(engine)
         graph = engine.graph

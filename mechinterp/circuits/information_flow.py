@@ -39,7 +39,10 @@ class InformationFlow(Method):
     """
 
     name: ClassVar[str] = "ifr"
-    reads_labels: ClassVar[bool] = False
+
+    @property
+    def reads_labels(self) -> bool:
+        return False
 
     def scores(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         graph = engine.graph

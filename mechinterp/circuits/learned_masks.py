@@ -6,9 +6,9 @@ through L0 regularization"; Cao et al. 2021; Bhaskar et al. 2024, "Finding trans
    exactly cut or exactly kept, and the mask still has a gradient.
 2. The loss is how far the metric of the masked run is from that of the base run: the mean over prompts of the absolute
    difference, as a share of the same mean with every edge cut. If the metric is KL, that is KL itself, scaled. More
-   than the model's own logit difference is no gain, so the loss is the same if answer and wrong answer change places:
-   swapped labels are no control for this method. Denoising, the base run is the corrupted one: what is kept is what
-   may not be restored if the behaviour is to stay away.
+   than the model's own logit difference is no gain, so with a logit difference nothing changes if answer and wrong
+   answer change places: swapped labels are no control for this method. Denoising, the base run is the corrupted one:
+   what is kept is what may not be restored if the behaviour is to stay away.
 3. A Lagrangian holds the expected share of kept edges at the target: + a (share − target) + b (share − target)², with a
    and b raised by the gradient while the rest is lowered (Adam). The target falls from 1 over the first half of the
    steps.
@@ -50,7 +50,6 @@ class LearnedMask(Method):
     """
 
     name: ClassVar[str] = "learned-mask"
-    reads_labels: ClassVar[bool] = False
     per_prompt: ClassVar[bool] = False
     share: float = 0.02
     steps: int = 200
@@ -63,6 +62,10 @@ class LearnedMask(Method):
             raise UserError(f"learned-mask: share lies between 0 and 1; found {self.share}")
         if self.steps < 1 or self.lr <= 0:
             raise UserError(f"learned-mask needs steps ≥ 1 and lr > 0; found steps={self.steps}, lr={self.lr}")
+
+    @property
+    def reads_labels(self) -> bool:
+        return False
 
     def check(self, engine: Engine) -> None:
         if engine.metric.name == "rank":
@@ -115,10 +118,10 @@ def _distance(part: Part, kept: Tensor) -> Tensor:
 
 
 def _warm(engine: Engine) -> Tensor:
-    """`[edge]` log_alpha from 0 to 4 in the order of |EAP-IG| scores; equal scores begin alike."""
-    total = sum(scores.float().cpu().sum(0) for _, scores in EAPIG().scores(engine))
+    """`[edge]` log_alpha from 0 to 4 in the order of mean |EAP-IG| over prompts; equal scores begin alike."""
+    total = sum(scores.float().cpu().abs().sum(0) for _, scores in EAPIG().scores(engine))
     assert isinstance(total, Tensor)
-    distinct, rank = torch.unique(total.abs(), return_inverse=True)
+    distinct, rank = torch.unique(total, return_inverse=True)
     return 4 * rank / max(1, len(distinct) - 1)
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from mechinterp.circuits.graph import Destination, Graph
 from mechinterp.circuits.mixing import Mixer
 from mechinterp.circuits.outputs import written
-from mechinterp.errors import UserError
 from mechinterp.hooked.forward import Edit
 from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.sites import Site
@@ -80,9 +79,6 @@ class MaskedRun:
         grouped = self.graph.qkv == "ungrouped"
         self.copies = self.model.n_heads // self.model.n_kv_heads if grouped else 1
         self.reads = readings(self.graph)
-        unknown = [name for name in self.pins if name not in self.graph.source_index]
-        if unknown:
-            raise UserError(f"pins: this graph has no source {unknown[0]!r}")
 
     def edits(self) -> dict[str, Edit]:
         """By hook name, for every layer that is run."""

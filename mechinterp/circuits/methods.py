@@ -42,14 +42,19 @@ class Method:
         level: "edge", or "node": then a unit is a source at a place.
         per_prompt: whether it scores prompts apart from each other, so that they can be resampled.
         at_base: whether all it knows is the metric's slope at the base run.
-        reads_labels: whether scores change when answer and wrong answer change places.
+        slope: whether it needs the metric's slope anywhere.
     """
 
     name: ClassVar[str] = ""
     level: ClassVar[Literal["edge", "node"]] = "edge"
     per_prompt: ClassVar[bool] = True
     at_base: ClassVar[bool] = False
-    reads_labels: ClassVar[bool] = True
+    slope: ClassVar[bool] = False
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether scores change when answer and wrong answer change places in some prompts."""
+        return True
 
     def scores(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `[batch]` prompts and their scores `[batch unit]`; all prompts and `[1 unit]` if not `per_prompt`."""
@@ -57,21 +62,31 @@ class Method:
 
     def check(self, engine: Engine) -> None:
         """Raise UserError for an engine that the method cannot work with."""
-        if self.at_base and engine.metric.name == "kl" and engine.direction == "noise":
+        if self.at_base:
+            self.refuse_flat(engine)
+        if self.slope and engine.metric.name == "rank":
+            raise UserError("rank has no gradient: it changes in steps. Valid: logit-diff, prob, logprob")
+
+    def refuse_flat(self, engine: Engine) -> None:
+        """Raise UserError where the metric has no slope at the base run."""
+        if engine.metric.name == "kl" and engine.direction == "noise":
             raise UserError(
                 f"{self.name} takes the slope of the metric at the clean run, and that of KL(clean ‖ circuit) is zero "
                 "there: it has its minimum where the two agree. Valid: --metric logit-diff, or a method that looks "
                 "away from the clean run: eap-ig, exact"
             )
-        if self.at_base and engine.metric.name == "rank":
-            raise UserError("rank has no gradient: it changes in steps. Valid: logit-diff, prob, logprob")
 
 
 @dataclass(frozen=True)
 class Gradient(Method):
     """Base of the methods whose edge scores are ⟨Δ_u, G_v⟩ with one G for all sources."""
 
-    at_base: ClassVar[bool] = True
+    slope: ClassVar[bool] = True
+
+    def check(self, engine: Engine) -> None:
+        super().check(engine)
+        if set(self.weights()) == {1.0}:
+            self.refuse_flat(engine)
 
     def weights(self) -> list[float]:
         """Shares of the base run in the embeddings at which the gradient is taken, equally weighted."""
@@ -106,7 +121,6 @@ class EAPIG(Gradient):
     """
 
     name: ClassVar[str] = "eap-ig"
-    at_base: ClassVar[bool] = False
     steps: int = 5
     rule: Rule = "midpoint"
 
@@ -119,7 +133,6 @@ class CleanCorrupted(Gradient):
     """The mean of the gradients at the clean and at the corrupted embeddings."""
 
     name: ClassVar[str] = "clean-corrupted"
-    at_base: ClassVar[bool] = False
 
     def weights(self) -> list[float]:
         return [1.0, 0.0]
@@ -134,10 +147,12 @@ class EAPIGActivations(Method):
     """
 
     name: ClassVar[str] = "eap-ig-activations"
+    slope: ClassVar[bool] = True
     steps: int = 5
     rule: Rule = "midpoint"
 
     def scores(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
+        self.check(engine)
         graph = engine.graph
         if graph.mlp == "neuron" or engine.ablation.kind != "resample":
             raise UserError(
@@ -158,7 +173,7 @@ class EAPIGActivations(Method):
                         pins = {graph.sources[own[0]].name: between}
                     total, _ = part.gradients(pins, layer=site.layer or 0, into=total)
                 assert total is not None
-                scores += along_edges(part, total / len(weights), own)
+                scores += along_edges(part, total / len(weights), own).cpu()
             yield part.index, helps(engine, scores)
 
 

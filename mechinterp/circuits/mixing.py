@@ -79,6 +79,8 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, (cut,), store = grads[0].contiguous(), ctx.saved_tensors, ctx.store
         n, wants_cut = cut.shape[2], ctx.needs_input_grad[2]
+        if n == store.value.shape[1]:  # the logits, which read every source: a backward begins here
+            store.grad = None
         read, of_store = store.value[:, :n], store.gradients()[:, :n]
         of_cut = torch.zeros_like(cut) if wants_cut else None
         places = ctx.places or [torch.arange(grad.shape[2], device=grad.device)]

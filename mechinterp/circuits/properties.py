@@ -6,7 +6,8 @@ F(X) is the faithfulness of the edges X; taking nodes K out of X cuts every edge
    shows when the rest must stand without K. K is each class, random sets of nodes, and sets chosen greedily: node after
    node, of ten drawn the one whose removal sets the circuit and the model furthest apart.
 2. *Minimality* of a class v: the largest |F(C∖(K∪v)) − F(C∖K)| over K in: nothing, each other class, random sets. A
-   class that never matters is not part of the circuit. Control: as many random nodes of the circuit, out of nothing.
+   class that never matters is not part of the circuit. Control: the mean of the same maximum over random sets of as
+   many other nodes of the circuit.
 3. *Sufficiency* of a class: F of the circuit without all other classes.
 """
 
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 
 from mechinterp.circuits.ablations import Ablation, Direction, as_direction
 from mechinterp.circuits.circuit import Circuit
-from mechinterp.circuits.evaluation import Runner
+from mechinterp.circuits.evaluation import Runner, held_out_of
 from mechinterp.circuits.graph import Graph
 from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance, templates_of
@@ -34,6 +35,7 @@ from mechinterp.tasks.pairs import PromptPairs
 
 SEPARATOR = " · "
 NUMBERS = ("estimate", "ci_low", "ci_high", "control")
+CONTROLS = 3  # random sets of minimality's control: each is as dear as a class
 CANDIDATES = 10  # drawn at each step of the greedy search, as in the paper
 
 
@@ -96,6 +98,7 @@ def properties(
     """
     about, graph = circuit.about, circuit.graph
     asked = Ablation.described(about, ablation)
+    pairs, _ = held_out_of(about, pairs)
     runner = Runner.of(
         graph, pairs, asked, as_direction(direction or about.get("direction", "noise")), metric or about.get("metric")
     )
@@ -215,18 +218,25 @@ class _Study:
         beside = [self.random() for _ in range(self.draws)]
         for name, nodes in self.classes.items():
             others = [other & ~nodes for other in (self.nothing, *self.classes.values(), *beside)]
-            changes = [self.metric(other | nodes) - self.metric(other) for other in others]
-            control = [self.metric(self.as_many(nodes)) - self.metric(self.nothing) for _ in range(self.draws)]
-            whole = (self.runner.full - self.runner.empty).mean()
-            size = float(np.mean([abs(one.mean()) for one in control]) / abs(whole)) if control else float("nan")
-            rows.append(self.row("minimality", name, max(changes, key=lambda one: abs(one.mean())), size))
+            control = [abs(self.worst(self.as_many(nodes), others).mean()) for _ in range(min(self.draws, CONTROLS))]
+            whole = abs((self.runner.full - self.runner.empty).mean())
+            size = float(np.mean(control) / whole) if control and whole else float("nan")
+            rows.append(self.row("minimality", name, self.worst(nodes, others), size))
         return rows
 
+    def worst(self, nodes: Tensor, beside: list[Tensor]) -> np.ndarray:
+        """`[prompt]` the largest change that taking out these nodes ever makes, beside sets that are taken out."""
+        changes = [self.metric(other | nodes) - self.metric(other) for other in beside]
+        return max(changes, key=lambda one: abs(one.mean()))
+
     def as_many(self, nodes: Tensor) -> Tensor:
-        """`[node]` as many random nodes of the circuit."""
-        present = (torch.bincount(self.graph.node_of[self.circuit.kept], minlength=self.graph.n_nodes) > 0).nonzero()
+        """`[node]` as many random other nodes of the circuit, the embedding left out."""
+        present = torch.bincount(self.graph.node_of[self.circuit.kept], minlength=self.graph.n_nodes) > 0
+        present &= ~nodes
+        present[: len(self.graph.places)] = False
+        others = present.nonzero().flatten()
         chosen = self.nothing.clone()
-        chosen[present.flatten()[torch.randperm(len(present), generator=self.draw)[: int(nodes.sum())]]] = True
+        chosen[others[torch.randperm(len(others), generator=self.draw)[: int(nodes.sum())]]] = True
         return chosen
 
     def sufficiency(self) -> list[dict[str, Any]]:

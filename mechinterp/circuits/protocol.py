@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from mechinterp.circuits.ablations import Ablation, Direction
 from mechinterp.circuits.circuit import Circuit
-from mechinterp.circuits.evaluation import Runner
+from mechinterp.circuits.evaluation import Runner, held_out_of
 from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance, templates_of
 from mechinterp.metrics import Metric
@@ -56,8 +56,9 @@ class ProtocolSweep(Result):
         if not defined.size:
             return "undefined under every protocol: the runs do not differ"
         return (
-            f"the same {self.about['edges']} edges have a faithfulness of {defined.min():.2f} … {defined.max():.2f} "
-            f"under {len(defined)} protocols (n={self.about['n_prompts']}, 95% {self.about['scope']})"
+            f"the same circuit of {self.about['edges']} edges has a faithfulness of {defined.min():.2f} … "
+            f"{defined.max():.2f} under {len(defined)} protocols (n={self.about['n_prompts']}, 95% "
+            f"{self.about['scope']})"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def protocol_sweep(
         progress: show a progress bar.
 
     Raises:
-        UserError: a circuit with places.
+        UserError: a circuit with places, no protocol, no pair that was not searched on.
     """
     graph = circuit.graph
     if graph.positions:
@@ -109,6 +110,11 @@ def protocol_sweep(
         for at in where
         if direction == "noise" or ablation.kind == "resample"
     ]
+    if not plans or not levels:
+        raise UserError(
+            "a protocol sweep needs a protocol: denoising goes with 'resample', roles with pairs that have them"
+        )
+    pairs, _ = held_out_of(circuit.about, pairs)
     rows, labels = [], []
     for ablation, direction, at in tqdm(plans, desc="protocols", disable=not progress):
         laid = graph if at == "all" else replace(graph, positions="roles").at(pairs)
@@ -120,7 +126,7 @@ def protocol_sweep(
                 here[..., -1] = False
             one = Circuit(laid, laid.gather(here))
             estimate, low, high = (float(side[0]) for side in runner.ratio(runner.run(one).metric[None], seed))
-            labels.append(SEPARATOR.join((level, ablation.kind, direction, at)))
+            labels.append(SEPARATOR.join((level, _named(ablation), direction, at)))
             rows.append((estimate, low, high, float(kept.sum())))
     columns = {name: ("protocol", column) for name, column in zip(NUMBERS, np.array(rows).T, strict=True)}
     about = provenance(graph.model, pairs) | {
@@ -130,6 +136,11 @@ def protocol_sweep(
         "scope": interval_scope(templates_of(pairs)),
     }
     return ProtocolSweep(xr.Dataset(columns, coords={"protocol": labels}), about)
+
+
+def _named(ablation: Ablation) -> str:
+    """`mean by role` where means were asked for by something."""
+    return ablation.kind if ablation.by is None else f"{ablation.kind} by {ablation.by}"
 
 
 def _whole_nodes(circuit: Circuit) -> torch.Tensor:

@@ -13,6 +13,7 @@ All of them are evaluated on the trained model and the true labels.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +24,9 @@ from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.tasks.pairs import PromptPairs
 
-RANKINGS = ("norm", "reinitialised", "swapped-labels")
 
-
-def by_norm(engine: Engine, seed: int) -> Tensor:
-    """`[edge]` mean over prompts of ‖a_u − s_u‖ at an edge's places."""
+def by_norm(engine: Engine, level: Literal["edge", "node"], seed: int) -> Tensor:
+    """`[edge]` (or `[node]`) mean over prompts of ‖a_u − s_u‖ of an edge's source at its places."""
     graph = engine.graph
     total = torch.zeros(len(graph.sources), len(graph.places))
     for part in engine.parts():
@@ -37,10 +36,12 @@ def by_norm(engine: Engine, seed: int) -> Tensor:
         for number in range(len(graph.places)):
             here = (place == number) & real
             total[:, number] += (squares * here).sum(-1).sqrt().sum(-1)
-    norms = (total / len(engine))[graph.edges[:, 1], graph.edges[:, 2]]
-    # Edges out of one node are equal: a factor too small to change the order of nodes decides between them.
+    norms = (total / len(engine)).flatten()
+    if level == "node":
+        return norms
+    # Edges out of one node are equal: a factor close to 1 decides between them, at random.
     draw = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(seed))
-    return norms * (1 + 1e-6 * draw)
+    return norms[graph.node_of] * (1 + 1e-3 * draw)
 
 
 def swap_labels(pairs: PromptPairs, seed: int) -> PromptPairs:
@@ -87,10 +88,9 @@ def reinitialised(model: HookedModel, seed: int) -> Iterator[HookedModel]:
 
 
 def score(engine: Engine, method: Method) -> Tensor:
-    """`[edge]` mean scores over an engine's prompts; those of nodes are given to their edges."""
+    """`[unit]` mean scores over an engine's prompts."""
     total, n = torch.zeros(()), 0
     for index, scores in method.scores(engine):
         total = total + scores.float().cpu().sum(0)
         n += len(index) if method.per_prompt else 1
-    values = total / n
-    return values if method.level == "edge" else values[engine.graph.node_of]
+    return total / n

@@ -4,7 +4,8 @@
   destinations wherever both new edges can exist, over and over (Maslov & Sneppen 2002). What is lost is who is joined
   to whom: a circuit that is no better than its rewirings has found the right nodes, not the right edges.
 - *permuted heads*: the same circuit on other heads. In every layer key/value groups are permuted, and the heads within
-  them; a head's inputs and outputs move together, so that layers, degrees and paths stay. What is lost is which heads.
+  them, no head to its own place; a head's inputs and outputs move together, so that layers, degrees and paths stay.
+  What is lost is which heads.
 
 Exchanges within one pair of layers alone would be no control: most edges of a real circuit have no partner there (on
 SmolLM2's IOI circuit 83% of the edges stayed where they were).
@@ -59,8 +60,12 @@ def permute_heads(circuit: Circuit, seed: int) -> Circuit:
 
 
 def _permutation(graph: Graph, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which group, and which head, stands at each place of a layer."""
-    n_groups, size = graph.model.n_kv_heads, graph.model.n_heads // graph.model.n_kv_heads
-    groups = torch.randperm(n_groups, generator=draw)
-    within = torch.stack([torch.randperm(size, generator=draw) for _ in range(n_groups)])
-    return groups, (groups[:, None] * size + within).flatten()
+    """Which group, and which head, stands at each place of a layer; no head at its own, if there are several."""
+    n_groups, n_heads = graph.model.n_kv_heads, graph.model.n_heads
+    size = n_heads // n_groups
+    while True:
+        groups = torch.randperm(n_groups, generator=draw)
+        within = torch.stack([torch.randperm(size, generator=draw) for _ in range(n_groups)])
+        heads = (groups[:, None] * size + within).flatten()
+        if n_heads == 1 or not bool((heads == torch.arange(n_heads)).any()):
+            return groups, heads

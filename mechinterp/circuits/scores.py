@@ -4,7 +4,8 @@
    embedding to the logits are then pruned.
 2. *greedy* (Hanna et al. 2024): from the logits down, the largest edge into a node that is already in the circuit, one
    after another; so everything leads to the logits, by construction.
-3. Scores of nodes select nodes, in that order, while their edges are no more than n: a node keeps all edges out of it.
+3. Scores of nodes select nodes, in that order: a node keeps all edges out of it, and is left out where they would be
+   more than n.
 4. *Inclusion*: the share of bootstrap draws over prompts in which an edge is selected.
 """
 
@@ -41,7 +42,7 @@ class Scores:
         values: `[edge]`, or `[node]` where `level` is "node".
         level: "edge" or "node".
         draws: `[draw edge]` scores over resampled prompts; none where the method does not score prompts apart.
-        rankings: control -> `[edge]` scores made from the same pairs without what the scores claim to know.
+        rankings: control -> `[unit]` scores made from the same pairs without what the scores claim to know.
         about: model, task, method, ablation, direction, metric, seed, …, as plain values.
         ablation: the values that cut edges carried; None: as `about` says.
         pairs: that were searched on, where they are still at hand.
@@ -87,12 +88,6 @@ class Scores:
         """`[edge]` scores; an edge has that of the node it comes out of where nodes were scored."""
         return self.values if self.level == "edge" else self.values[self.graph.node_of]
 
-    @property
-    def effects(self) -> Tensor:
-        """`[edge]` change of the metric by which the score is meant: the score itself when denoising, its opposite when
-        noising."""
-        return self.of_edges * (-1.0 if self.about.get("direction") == "noise" else 1.0)
-
     def name(self, unit: int) -> str:
         """Of an edge or node."""
         return self.graph.edge_name(unit) if self.level == "edge" else self.graph.node_name(unit)
@@ -106,6 +101,7 @@ class Scores:
         connect: Connect = "top",
         prune: bool = True,
         ranking: str | None = None,
+        inclusion: bool = True,
     ) -> Circuit:
         """A circuit.
 
@@ -116,6 +112,7 @@ class Scores:
             connect: "top", or "greedy" from the logits.
             prune: take out edges on no path from the embedding to the logits.
             ranking: select from this control's scores instead.
+            inclusion: count the bootstrap draws that select each edge.
 
         Raises:
             UserError: both or none of `edges` and `threshold`, one out of range, an unknown option.
@@ -127,6 +124,8 @@ class Scores:
                 raise UserError(f"select: unknown {name}={value!r}; valid: {', '.join(map(repr, valid))}")
         if ranking is not None and ranking not in self.rankings:
             raise UserError(f"select: no ranking {ranking!r}; these scores have: {', '.join(self.rankings) or 'none'}")
+        if connect == "greedy" and (self.level == "node" or threshold is not None):
+            raise UserError("select: connect='greedy' grows a number of edges; valid for scores of edges, with edges=")
         n_edges = self.graph.n_edges
         if isinstance(edges, float):
             if not 0 <= edges <= 1:
@@ -135,16 +134,17 @@ class Scores:
         if edges is not None and not 0 <= edges <= n_edges:
             raise UserError(f"select: this graph has {n_edges} edges; {edges} were asked for")
         values = self.values if ranking is None else self.rankings[ranking]
-        kept = choose(self.graph, values, self.level if ranking is None else "edge", edges, threshold, by, connect)
+        kept = choose(self.graph, values, self.level, edges, threshold, by, connect)
         kept = self.graph.prune(kept) if prune else kept
         how = {"edges": edges, "threshold": threshold, "by": by, "connect": connect, "ranking": ranking}
-        inclusion = None
-        if len(self.draws) and edges is not None and ranking is None:
-            inclusion = self.inclusion(edges, by)
-        return Circuit(self.graph, kept, self.of_edges, inclusion, {**self.about, "selection": how})
+        share = None
+        if inclusion and len(self.draws) and edges is not None and ranking is None:
+            share = self.inclusion(edges, by, connect)
+        of_edges = values if self.level == "edge" else values[self.graph.node_of]
+        return Circuit(self.graph, kept, of_edges, share, {**self.about, "selection": how})
 
-    def inclusion(self, edges: int, by: By = "absolute") -> Tensor:
-        """`[edge]` share of bootstrap draws over prompts in which an edge is among the `edges` top ones.
+    def inclusion(self, edges: int, by: By = "absolute", connect: Connect = "top") -> Tensor:
+        """`[edge]` share of bootstrap draws over prompts that select an edge, before dead edges are pruned.
 
         Raises:
             UserError: the method did not score prompts apart from each other.
@@ -153,7 +153,7 @@ class Scores:
             raise UserError(f"{self.about.get('method')} scores all prompts at once: there is nothing to resample")
         counted = torch.zeros(self.graph.n_edges)
         for values in self.draws:
-            counted += choose(self.graph, values, self.level, edges, None, by, "top")
+            counted += choose(self.graph, values, self.level, edges, None, by, connect)
         return counted / len(self.draws)
 
     def fidelity(self, n: int = 200, pairs: PromptPairs | None = None, seed: int = 0) -> Fidelity:
@@ -236,12 +236,12 @@ def choose(
 
 
 def _top_nodes(graph: Graph, size: Tensor, edges: int) -> Tensor:
-    """Nodes from the largest down, as long as their edges are no more than asked for."""
-    count = torch.bincount(graph.node_of, minlength=graph.n_nodes)
-    order = torch.argsort(size, descending=True, stable=True)
-    fits = count[order].cumsum(0) <= edges
-    kept = torch.zeros(graph.n_nodes, dtype=torch.bool)
-    kept[order[fits]] = True
+    """Nodes from the largest down; one that would make the edges more than asked for is left out."""
+    count = torch.bincount(graph.node_of, minlength=graph.n_nodes).tolist()
+    kept, left = torch.zeros(graph.n_nodes, dtype=torch.bool), edges
+    for node in torch.argsort(size, descending=True, stable=True).tolist():
+        if count[node] <= left:
+            kept[node], left = True, left - count[node]
     return kept[graph.node_of]
 
 

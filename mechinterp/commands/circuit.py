@@ -61,6 +61,12 @@ def evaluate(args: CircuitEvaluate, command: str) -> int:
     model = load_named(args.model or header["model"]["name"], args, bos)
     found = files.load(args.file, model, any_weights=args.any_weights)
     pairs = load_pairs(model, args)
+    searched, asked = (
+        f"{one.get('task')}, {one.get('corruption')}"
+        for one in (found.about, {"task": pairs.name, "corruption": pairs.corruption})
+    )
+    if searched != asked:
+        print(f"note: searched on {searched}; evaluated on {asked}")
     if isinstance(found, circuits.Circuit):
         values = circuits.faithfulness(found, pairs, seed=args.seed)
         print(found.summary())

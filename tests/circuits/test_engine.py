@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+import mechinterp as mi
 from mechinterp import UserError
 from mechinterp.circuits.ablations import Ablation
 from mechinterp.circuits.engine import Engine
 from mechinterp.circuits.graph import Graph
+from mechinterp.hooked.interventions import Zero
+from mechinterp.hooked.sites import Site
 from tests.checks import checks_off
 from tests.circuits.plain import masked_logits, source_outputs
 from tests.families import FAMILIES, full_logits, model, pairs
@@ -209,27 +212,22 @@ def test_pins(family):
     draw = torch.Generator().manual_seed(8)
     z = torch.randn(len(task), task.clean.n_pos, of.d_head, generator=draw)
     mlp = torch.randn(len(task), task.clean.n_pos, of.d_model, generator=draw)
-    want = asked(
-        of,
-        task,
-        full_logits(
-            of,
-            task.clean,
-            [
-                ("blocks.0.attn.hook_z", lambda live, hook: torch.cat([z[:, :, None], live[:, :, 1:]], 2)),
-                ("blocks.1.hook_mlp_out", lambda live, hook: mlp.reshape(live.shape)),
-            ],
-        ),
-    )
+
+    def pinned_metric():
+        hooks = [
+            ("blocks.0.attn.hook_z", lambda live, hook: torch.cat([z[:, :, None], live[:, :, 1:]], 2)),
+            ("blocks.1.hook_mlp_out", lambda live, hook: mlp.reshape(live.shape)),
+        ]
+        return asked(of, task, full_logits(of, task.clean, hooks))
+
     (part,) = engine.parts()
-    start = part.start
-    # Positions before the first difference are not run again, so pins there have nothing to act on.
-    z[:, :start] = part.recording.activations["blocks.0.attn.hook_z"][:, :start, 0]
-    pins = {"a0.h0": z, "m1": mlp}
-    ones = torch.ones(1, *graph.valid.shape)
-    if start == 0:
-        assert (part.metric(ones, pins)[0] - want).abs().max() < 1e-4
-        assert (part.metric(None, pins)[0] - want).abs().max() < 1e-4
+    z[:, : part.start] = part.recording.activations["blocks.0.attn.hook_z"][:, : part.start, 0]
+    mlp[:, : part.start] = part.recording.activations["blocks.1.hook_mlp_out"][:, : part.start]
+    want = pinned_metric()
+    pins, ones = {"a0.h0": z, "m1": mlp}, torch.ones(1, *graph.valid.shape)
+    assert (part.metric(ones, pins)[0] - want).abs().max() < 1e-4
+    assert (part.metric(None, pins)[0] - want).abs().max() < 1e-4
+    assert (want - engine.full).abs().max() > 0.1
     assert (part.metric(ones, pins) - part.metric(None, pins)).abs().max() < 1e-4
     with pytest.raises(UserError, match=r"no source 'a7\.h0'"):
         part.metric(None, {"a7.h0": z})
@@ -269,3 +267,47 @@ def test_bad_input():
         Engine(Graph(of), task, direction="both")  # type: ignore[arg-type]
     with checks_off(), pytest.raises(UserError, match="plain function"):
         Engine(Graph(of), task, metric=lambda logits: logits[:, -1, 0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("site", ["q", "v", "k_input", "mlp_in"])
+def test_what_a_masked_forward_would_overrule_is_refused(site):
+    """Interventions on what the engine makes itself; others stay in force, in every circuit."""
+    of = model("llama")
+    task = pairs(of, True)
+    with of.intervene(Zero(Site(site, 1), noop_ok=True)):
+        with pytest.raises(UserError, match="is in force"):
+            Engine(Graph(of), task)
+        mi.evaluate(of, task)
+    with of.intervene(Zero(Site("z", 1, head=2))):
+        engine = Engine(Graph(of), task)
+        assert (engine.full - mi.evaluate(of, task)).abs().max() < 1e-4
+        assert (engine.empty - mi.evaluate(of, task, side="corrupted")).abs().max() < 1e-4
+
+
+def test_gradients_of_runs_that_are_alive_together():
+    """Two results before one backward, and the same backward twice, are as each alone."""
+    of = model("gpt2")
+    engine = Engine(Graph(of), pairs(of, False))
+    (part,) = engine.parts()
+    draw = torch.Generator().manual_seed(10)
+    masks = [torch.rand(1, *engine.graph.valid.shape, generator=draw).requires_grad_() for _ in range(2)]
+    alone = [torch.autograd.grad(part.metric(mask).sum(), mask)[0] for mask in masks]
+    both = part.metric(masks[0]).sum() + part.metric(masks[1]).sum()
+    for _ in range(2):
+        together = torch.autograd.grad(both, masks, retain_graph=True)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, together, strict=True))
+
+
+def test_pins_that_cannot_be_put_in():
+    of = model("llama")
+    engine = Engine(Graph(of), pairs(of, False))
+    (part,) = engine.parts()
+    z = part.recording.activations["blocks.0.attn.hook_z"][:, :, 0]
+    assert part.start > 0
+    with pytest.raises(UserError, match="are not run again"):
+        part.metric(None, {"a0.h0": torch.zeros_like(z)})
+    with pytest.raises(UserError, match=r"a0\.h0 writes"):
+        part.metric(None, {"a0.h0": z[:1]})
+    neurons = Engine(Graph(of, mlp="neuron"), pairs(of, False))
+    with pytest.raises(UserError, match="is a neuron"):
+        next(iter(neurons.parts())).metric(None, {"m0.n3": z})

@@ -56,7 +56,7 @@ def test_the_curve_is_the_engine_at_every_size(planted):
     assert result.about["cpr"]["value"] == pytest.approx(np.trapezoid(signed, sizes))
     assert absolute[-1] == pytest.approx(1) and float(result.data["kl"].sel(selection="absolute", size=1.0)) < 1e-6
     names = {row["control"] for row in result.about["controls"]}
-    assert names == {"norm", "reinitialised", "swapped-labels", "rewired", "permuted-heads"}
+    assert names == {"norm", "norm-connected", "reinitialised", "swapped-labels", "rewired", "permuted-heads"}
 
 
 def test_the_json_and_the_file(planted, tmp_path):
@@ -76,6 +76,24 @@ def test_pairs_that_were_searched_on_are_dropped(planted):
     with pytest.raises(UserError, match="all 12 pairs were searched on"):
         evaluate(scores, task_of("planted-or")(of, 12, 0), progress=False)
     assert evaluate(scores, held_out, sizes=(1.0,), control_sizes=(), progress=False).about["dropped"] == 0
+    circuit, searched = scores.select(0.5), task_of("planted-or")(of, 12, 0)
+    for measure in (
+        lambda: faithfulness(circuit, searched),
+        lambda: protocol_sweep(circuit, searched, progress=False),
+        lambda: properties(circuit, searched, {"a": ["a0.h1"]}, progress=False),
+    ):
+        with pytest.raises(UserError, match="were searched on"):
+            measure()
+
+
+def test_areas_need_the_whole_grid(planted):
+    """A grid that leaves sizes out has no CMD; sizes that do not ascend are refused."""
+    _, scores, held_out = planted
+    result = evaluate(scores, held_out, sizes=(0.2, 1.0), control_sizes=(), progress=False)
+    assert result.about["cmd"]["value"] is None and "faithfulness at 20.0%" in result.summary()
+    for sizes in ((0.5, 0.1), (0.0, 1.0), (0.5, 1.5), ()):
+        with pytest.raises(UserError, match="ascending shares"):
+            evaluate(scores, held_out, sizes=sizes, progress=False)
 
 
 def test_one_circuit_has_a_faithfulness(planted):
@@ -92,7 +110,7 @@ def test_norm_ranking_is_the_norm_of_what_differs():
     of = model("llama")
     task = pairs(of, True)
     engine = Engine(Graph(of), task)
-    ranking = by_norm(engine, 0)
+    ranking = by_norm(engine, "edge", 0)
     from tests.circuits.plain import source_outputs
 
     clean, corrupted = source_outputs(of, task.clean), source_outputs(of, task.corrupted)
@@ -101,7 +119,7 @@ def test_norm_ranking_is_the_norm_of_what_differs():
         delta = (corrupted[name] - clean[name]).square().sum(-1) * real
         want = float(delta.sum(-1).sqrt().mean())
         edge = engine.graph.edge(f"{name}->logits")
-        assert float(ranking[edge]) == pytest.approx(want, rel=1e-4)
+        assert float(ranking[edge]) == pytest.approx(want, rel=2e-3)
 
 
 def test_reinitialised_weights_come_back():
@@ -139,6 +157,8 @@ def test_rewirings_keep_degrees_and_permutations_keep_shape():
     for number in range(-1, 3):  # by layer, the same number of edges out, head by head in another order
         assert sorted(kept[:, layer == number].sum(0).tolist()) == sorted(again[:, layer == number].sum(0).tolist())
     assert torch.equal(graph.prune(turned.kept), turned.kept)  # its paths are whole, too
+    one = Circuit.of(graph, ["embed->a1.h2<q>", "a1.h2->logits"])
+    assert all("a1.h2->logits" not in permute_heads(one, seed).edges for seed in range(20))  # no head stays
 
 
 def test_agreement():

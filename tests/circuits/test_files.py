@@ -33,7 +33,7 @@ def random_scores(graph, level="edge", draws=7):
     n = graph.n_edges if level == "edge" else graph.n_nodes
     values = torch.randn(n, generator=draw) * 10.0 ** torch.randint(-6, 3, (n,), generator=draw)
     near = values + 0.3 * values.abs() * torch.randn(draws, n, generator=draw)
-    rankings = {"swapped labels": torch.randn(graph.n_edges, generator=draw)}
+    rankings = {"swapped labels": torch.randn(n, generator=draw)}
     about = {"task": "random", "method": "eap", "direction": "noise", "seed": 3, "settings": {"steps": 5}, "bos": False}
     return Scores(graph, values, level, near, rankings, about)
 

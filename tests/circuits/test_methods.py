@@ -64,8 +64,8 @@ def test_exact_nodes_are_node_masks(family):
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # a soft-cap is not linear
 def test_all_edges_into_the_logits_are_a_cut(family):
-    """Σ_u EAP(u→logits) is the metric with the final residual of the corrupted run, behind the final norm with its scale
-    held at its clean value, less the clean metric; plus what the slope of that scale adds, since norms are live."""
+    """Σ_u EAP(u→logits) is the metric with the corrupted run's final residual behind the final norm, its scale held at
+    the clean value, less the clean metric; plus what the slope of that scale adds, since norms are live."""
     of = model(family)
     task = pairs(of, False)
     engine = Engine(Graph(of), task)

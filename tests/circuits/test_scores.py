@@ -53,6 +53,7 @@ def test_nodes_keep_all_of_their_edges():
     sources = circuit.graph.edges[circuit.kept][:, 1].unique()
     count = torch.isin(circuit.graph.edges[:, 1], sources).sum()
     assert int(count) == len(circuit) <= 0.5 * circuit.graph.n_edges
+    assert len(scores.select(3, prune=False)) > 0  # nodes of more edges than that are passed over
 
 
 def test_inclusion_is_the_share_of_draws():
@@ -88,6 +89,7 @@ def test_bad_input():
         ({"edges": 1.5}, "lies in 0"),
         ({"edges": 10**6}, "190 edges"),
         ({"edges": 5, "ranking": "norm"}, "no ranking 'norm'"),
+        ({"threshold": 1.0, "connect": "greedy"}, "greedy' grows a number"),
     ):
         with pytest.raises(UserError, match=said):
             scores.select(**arguments)

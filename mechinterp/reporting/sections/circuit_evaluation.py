@@ -46,15 +46,28 @@ def evaluation_sections(result: Evaluation) -> list[Section]:
 
 def control_section(result: Evaluation) -> Section:
     """Each control beside the found circuit of its size."""
-    names = ("control", "size", "faithfulness", "ci_low", "ci_high", "difference", "difference_low", "difference_high",
-             "differs")  # fmt: skip
+    names = ("control", "size", "edges", "faithfulness", "ci_low", "ci_high", "difference", "difference_low",
+             "difference_high", "differs")  # fmt: skip
     rows = tuple(tuple(row[name] for name in names) for row in result.about["controls"])
-    columns = ("control", "size", "faithfulness", "low", "high", "found − control", "low", "high", "excludes 0")
+    columns = (
+        "control",
+        "size",
+        "edges",
+        "faithfulness",
+        "low",
+        "high",
+        "found − control",
+        "low",
+        "high",
+        "excludes 0",
+    )
     text = (
-        "Circuits of the same size that know less, on the trained model and the true labels: a ranking by how far the "
-        "two runs differ at a source (norm), rankings by the same method on re-drawn weights and on labels swapped in "
+        "Circuits of the same size, before dead edges are pruned, that know less, on the trained model and the true "
+        "labels: a ranking by how far the two runs differ at a source (norm; norm-connected is grown from the logits), "
+        "rankings by the same method on re-drawn weights and on labels swapped in "
         "half of the prompts, the found circuit rewired with every node's degree kept, and the found circuit on other "
-        "heads of the same layers. Differences are paired over prompts."
+        "heads of the same layers. Differences are paired over prompts; those to rewirings and other heads are to the "
+        "mean of five, and conditional on these."
     )
     return Section("Beside controls", text, table=Table(columns, rows, max_rows=24))
 
