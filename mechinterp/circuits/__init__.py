@@ -7,7 +7,7 @@ from mechinterp.circuits.ablations import Ablation
 from mechinterp.circuits.agreement import agreement, overlap
 from mechinterp.circuits.circuit import Circuit
 from mechinterp.circuits.engine import Engine
-from mechinterp.circuits.evaluation import GRID, Evaluation, evaluate, faithfulness
+from mechinterp.circuits.evaluation import GRID, Evaluation, evaluate
 from mechinterp.circuits.exact import Exact, ExactNodes
 from mechinterp.circuits.find import METHODS, find
 from mechinterp.circuits.graph import Graph
@@ -16,6 +16,7 @@ from mechinterp.circuits.path_patching import path_patch
 from mechinterp.circuits.properties import properties
 from mechinterp.circuits.protocol import protocol_sweep
 from mechinterp.circuits.rewiring import permute_heads, rewire
+from mechinterp.circuits.runner import faithfulness
 from mechinterp.circuits.scores import Scores
 
 __all__ = [

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from mechinterp.circuits.ablations import Ablation, Direction
 from mechinterp.circuits.circuit import Circuit
-from mechinterp.circuits.evaluation import Runner, held_out_of
+from mechinterp.circuits.runner import Runner, held_out_of
 from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance, templates_of
 from mechinterp.metrics import Metric

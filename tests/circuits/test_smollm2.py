@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.circuits import EAPIG, Engine, Graph, evaluate, find
+from mechinterp.circuits import EAPIG, Circuit, Engine, Graph, evaluate, faithfulness, find
 from mechinterp.circuits.exact import edge_changes
+from mechinterp.circuits.rankings import by_norm
 
 pytestmark = pytest.mark.real_model
 
@@ -36,10 +37,6 @@ def test_two_percent_of_the_edges_compute_ioi(smollm2):
     held_out = mi.tasks.ioi(smollm2, n=8, seed=1)
     result = evaluate(scores, held_out, sizes=(0.02, 1.0), control_sizes=(), progress=False)
     assert 0.7 < float(result.data["faithfulness"].sel(selection="absolute", size=0.02)) < 1.3
-    from mechinterp.circuits.circuit import Circuit
-    from mechinterp.circuits.evaluation import faithfulness
-    from mechinterp.circuits.rankings import by_norm
-
     ranking = by_norm(Engine(graph, search), "edge", 0)
     kept = torch.zeros(graph.n_edges, dtype=torch.bool)
     kept[ranking.argsort(descending=True)[: int(0.02 * graph.n_edges)]] = True
