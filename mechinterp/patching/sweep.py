@@ -128,9 +128,9 @@ def _donor(pairs: PromptPairs, direction: Direction) -> tuple[Prompts | None, st
     what differs between the pair matters there: a prompt with the same answer in other words must not hurt.
     """
     if direction == "noise" and pairs.same_answer is not None:
-        return pairs.same_answer, "the same names in the same order, in other words"
+        return pairs.same_answer, "a prompt with the same answer, in other words"
     if pairs.donor is not None:
-        return pairs.donor, "other names, another order"
+        return pairs.donor, "a prompt with other words and another answer"
     others = pairs.other_prompts()
     return others, "another pair's clean prompt" if others is not None else "none: no other pair has the same length"
 
