@@ -293,7 +293,7 @@ def _compared(
                     {
                         "control": name,
                         "size": float(k),
-                        "edges": float(np.mean([len(rivals[key]) for key in keys])),
+                        "edges": round(float(np.mean([len(rivals[key]) for key in keys]))),
                         "faithfulness": float(estimate[0]),
                         "ci_low": float(low[0]),
                         "ci_high": float(high[0]),

@@ -67,7 +67,8 @@ def control_section(result: Evaluation) -> Section:
         "rankings by the same method on re-drawn weights and on labels swapped in "
         "half of the prompts, the found circuit rewired with every node's degree kept, and the found circuit on other "
         "heads of the same layers. Differences are paired over prompts; those to rewirings and other heads are to the "
-        "mean of five, and conditional on these."
+        "mean of five, and conditional on these. A control of 0 edges joins nothing to the logits: its 0 is for "
+        "free."
     )
     return Section("Beside controls", text, table=Table(columns, rows, max_rows=24))
 
