@@ -30,7 +30,7 @@ PADDED = [[1, 2, 3, 4, 5], [6, 7]]
         (lambda name: name.endswith("hook_rot_k"), [f"blocks.{i}.attn.hook_rot_k" for i in range(3)]),
         ([], []),
     ],
-    ids=str,
+    ids=lambda value: "a function" if callable(value) else str(value),
 )
 def test_only_what_is_asked_for_is_kept(names_filter, kept):
     _, cache = model("llama").run_with_cache(TOKENS, names_filter)
@@ -54,7 +54,7 @@ def test_none_keeps_every_hook_point():
         ("blocks.7.attn.hook_z", "no site z layer 7"),
         (lambda name: "nothing" in name, "names_filter matched no site"),
     ],
-    ids=str,
+    ids=lambda value: "a function" if callable(value) else str(value),
 )
 def test_what_matches_nothing_raises(names_filter, says):
     with pytest.raises(UserError, match=re.escape(says)):

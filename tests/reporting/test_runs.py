@@ -173,7 +173,7 @@ def test_two_processes_cannot_share_a_run(tmp_path):
     assert not (run.path / "lock").exists()
 
 
-@pytest.mark.parametrize("text", ["", "not a pid", str(os.getpid())])
+@pytest.mark.parametrize("text", ["", "not a pid", str(os.getpid())], ids=["empty", "no pid", "this process"])
 def test_stale_locks_are_ignored(tmp_path, text):
     with Run.open("e", Config(), tmp_path) as run:
         pass
