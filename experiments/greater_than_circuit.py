@@ -43,7 +43,8 @@ def main(config: Config) -> Path:
         settings = {"n": config.n, "seed": config.seed, "method": config.method, "bos": bool(task.clean.bos)}
         against = compare("greater_than_circuit", model.info.name, values, settings)
         path = run.finish(report(model, task, baseline, found, values, against, config))
-        run.log(f"\n{found.finding(model)}\n\n{writers(found)}\n\n{against.verdict}")
+        told = ", ".join(f"{name} {score:+.2f}" for name, score in writers(found))
+        run.log(f"\n{found.finding(model)}\n\nwrite into the logits: {told}\n\n{against.verdict}")
     finished(path)
     return path
 

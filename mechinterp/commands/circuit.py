@@ -128,7 +128,8 @@ def show(args: CircuitShow, command: str) -> int:
     for name in ("kind", "task", "method", "settings", "ablation", "direction", "metric", "seed", "n_prompts", "graph"):
         if header.get(name) is not None:
             print(f"{name:>12}  {_one_line(header[name])}")
-    print(f"{'model':>12}  {_one_line(header['model'])}")
+    model = {**header["model"], "weights_sha256": header["model"]["weights_sha256"][:12]}
+    print(f"{'model':>12}  {_one_line(model)}")
     print(f"{'listed':>12}  {header['n_listed']} units; control rankings: {', '.join(header['rankings']) or 'none'}")
     rows = list(circuit_file.rows(found))
     rows.sort(key=lambda row: -abs(row.get("score", 0.0)))
