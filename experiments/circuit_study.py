@@ -159,8 +159,7 @@ def published(task: str, model: mi.HookedModel, found: Study) -> dict[str, float
     path = REFERENCE / f"{task}_nodes_{model.info.name}.json"
     if not path.is_file():
         return {}
-    graph = found.circuit.graph
-    writing = {graph.sources[i].name for i in graph.edges[found.circuit.kept][:, 1].tolist()}
+    writing = found.circuit.writers
     classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
     return {
         f"published {name} in the circuit": sum(one in writing for one in members) / len(members)

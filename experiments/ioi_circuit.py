@@ -152,7 +152,7 @@ def classes_of(stages: "dict[str, PathPatches]", config: Config) -> Classes:
 
 def agreement(found: Study, classes: Classes) -> dict[str, float]:
     """Share of each class that writes along an edge of the circuit."""
-    writing = {f"a{layer}.h{head}" for layer, head in found.circuit.heads}
+    writing = found.circuit.writers
     return {
         f"in the circuit of those that {name}": sum(head in writing for head in members) / len(members)
         for name, members in classes.items()
@@ -161,8 +161,8 @@ def agreement(found: Study, classes: Classes) -> dict[str, float]:
 
 def story(classes: Classes, found: Study) -> str:
     """The classes in one sentence each."""
-    writing = {f"a{layer}.h{head}" for layer, head in found.circuit.heads}
-    share = len(writing) / (found.circuit.graph.model.n_layers * found.circuit.graph.model.n_heads)
+    writing = found.circuit.writers
+    share = len(found.circuit.heads) / (found.circuit.graph.model.n_layers * found.circuit.graph.model.n_heads)
     lines = [
         f"{name}: {', '.join(members)} ({sum(one in writing for one in members)} of {len(members)} in the circuit)"
         for name, members in classes.items()
@@ -191,7 +191,7 @@ def report(
     )
     from mechinterp.reporting.sweeps import baseline_rows, prompt_preview
 
-    writing = {f"a{layer}.h{head}" for layer, head in found.circuit.heads}
+    writing = found.circuit.writers
     rows = []
     for name, members in classes.items():
         effects = stages[name].data.sel(source=members)

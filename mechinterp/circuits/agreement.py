@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 
 from mechinterp.circuits.circuit import Circuit
-from mechinterp.circuits.graph import Graph
 from mechinterp.circuits.scores import Scores
 from mechinterp.errors import UserError
 
@@ -42,7 +41,7 @@ def agreement(
     size = found.of_edges.abs() if isinstance(found, Scores) else found.kept.float()
     claimed = size > threshold if isinstance(found, Scores) else found.kept
     if level == "node":
-        true, claimed = _of_nodes(graph, true), _of_nodes(graph, claimed)
+        true, claimed = graph.nodes_of(true), graph.nodes_of(claimed)
         size = torch.zeros(graph.n_nodes).scatter_reduce(0, graph.node_of, size, "amax")
     hits = int((true & claimed).sum())
     precision = hits / int(claimed.sum()) if bool(claimed.any()) else None
@@ -51,11 +50,6 @@ def agreement(
         "recall": hits / int(true.sum()),
         "auroc": auroc(size.double().numpy(), true.numpy()) if isinstance(found, Scores) else None,
     }
-
-
-def _of_nodes(graph: Graph, edges: torch.Tensor) -> torch.Tensor:
-    """`[node]` bool: an edge comes out of it."""
-    return torch.bincount(graph.node_of[edges], minlength=graph.n_nodes) > 0
 
 
 def auroc(size: np.ndarray, true: np.ndarray) -> float | None:

@@ -64,6 +64,11 @@ class Circuit:
         return [*named, "logits"] if bool(present[-1].any()) else named
 
     @property
+    def writers(self) -> set[str]:
+        """Names of the sources that write along an edge of the circuit."""
+        return {self.graph.sources[i].name for i in self.graph.edges[self.kept][:, 1].unique().tolist()}
+
+    @property
     def heads(self) -> list[tuple[int, int]]:
         """(layer, head) of the heads that write along an edge of the circuit."""
         sources = self.graph.edges[self.kept][:, 1].unique().tolist()

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from mechinterp.circuits.masked_run import MaskedRun
 from mechinterp.circuits.mixing import Mixer, Store
 from mechinterp.circuits.outputs import outputs, site_of, sites
 from mechinterp.errors import UserError
+from mechinterp.evaluation import read_logits
 from mechinterp.hooked import schedule, suffix
 from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.model import HookedModel
@@ -86,9 +86,7 @@ class Engine:
         self.direction: Direction = direction
         self.place = self.graph.place_of(self.pairs)
         self.ablated: Ablated = self.ablation.prepare(self.graph, self.pairs, direction)
-        free = psutil.virtual_memory().available
-        if self.model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.model.device)[0]
+        free = schedule.free_bytes(self.model)
         if max_bytes is not None and max_bytes > free:
             raise UserError(f"max_bytes={max_bytes:,} was asked for, but {free:,} bytes are free")
         self.max_bytes = free // 4 if max_bytes is None else max_bytes
@@ -166,8 +164,7 @@ class Engine:
     def clean_logits(self) -> Tensor:
         """`[prompt target column]` of the clean run."""
         side = self.base if self.direction == "noise" else self.other
-        parts = torch.arange(len(self)).split(self.rows_per_call)
-        return torch.cat([suffix.record(self.model, side, (), part).base_logits(self.read).cpu() for part in parts])
+        return read_logits(self.model, side, self.read)
 
     @cached_property
     def full(self) -> Tensor:

@@ -20,7 +20,7 @@ from mechinterp.circuits.head_importance import HeadImportance
 from mechinterp.circuits.information_flow import InformationFlow
 from mechinterp.circuits.learned_masks import LearnedMask
 from mechinterp.circuits.methods import EAP, EAPIG, CleanCorrupted, EAPIGActivations, Method
-from mechinterp.circuits.rankings import by_norm, reinitialised, score, swap_labels
+from mechinterp.circuits.rankings import by_norm, reinitialised, swap_labels
 from mechinterp.circuits.scores import Scores, pair_hashes
 from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance, require_behaviour, templates_of
@@ -86,7 +86,7 @@ def rankings(engine: Engine, method: Method, seed: int) -> dict[str, Tensor]:
 
     def again(pairs: PromptPairs) -> Tensor:
         settings = (engine.ablation, engine.direction, engine.metric, engine.max_bytes, engine.progress)
-        return score(Engine(engine.graph, pairs, *settings), method)
+        return average(Engine(engine.graph, pairs, *settings), method, 0, seed)[0]
 
     made = {"norm": by_norm(engine, method.level, seed)}
     with reinitialised(engine.model, seed):

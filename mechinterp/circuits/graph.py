@@ -293,6 +293,10 @@ class Graph:
         """`[edge]` the node that each edge comes out of: source · places + place."""
         return self.edges[:, 1] * len(self.places) + self.edges[:, 2]
 
+    def nodes_of(self, kept: Tensor) -> Tensor:
+        """`[node]` bool: whether one of the edges that are kept, `[edge]` bool, comes out of it."""
+        return torch.bincount(self.node_of[kept], minlength=self.n_nodes) > 0
+
     def node_name(self, node: int) -> str:
         """`a5.h3`, with `@place` where there are places."""
         source, place = divmod(node, len(self.places))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mechinterp.circuits.graph import Graph
 from mechinterp.hooked.sites import Site
+from mechinterp.hooked.weights import mlp_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +73,7 @@ def constants(graph: Graph, like: Outputs) -> Tensor:
     made = like.vectors.new_zeros(like.vectors.shape[0], 1, 1, like.vectors.shape[-1])
     row = 0
     for source in graph.sources:
-        if source.kind == "mlp":
-            bias = getattr(graph.model.bridge.blocks[source.layer].mlp, "b_out", None)
-            post = Site("ln2_post_scale", source.layer) in graph.model.site_list
-            if bias is not None and not post:
-                made[row, 0, 0] = bias
+        if source.kind == "mlp" and Site("ln2_post_scale", source.layer) not in graph.model.site_list:
+            made[row, 0, 0] = mlp_out(graph.model, source.layer)[1]
         row += source.kind != "neuron"
     return made

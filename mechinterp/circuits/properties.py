@@ -231,7 +231,7 @@ class _Study:
 
     def as_many(self, nodes: Tensor) -> Tensor:
         """`[node]` as many random other nodes of the circuit, the embedding left out."""
-        present = torch.bincount(self.graph.node_of[self.circuit.kept], minlength=self.graph.n_nodes) > 0
+        present = self.graph.nodes_of(self.circuit.kept)
         present &= ~nodes
         present[: len(self.graph.places)] = False
         others = present.nonzero().flatten()

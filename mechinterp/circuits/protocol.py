@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
@@ -120,7 +119,7 @@ def protocol_sweep(
         laid = graph if at == "all" else replace(graph, positions="roles").at(pairs)
         runner = Runner.of(laid, pairs, ablation, direction, metric or circuit.about.get("metric"))
         for level in levels:
-            kept = circuit.kept if level == "edge" else _whole_nodes(circuit)
+            kept = circuit.kept if level == "edge" else graph.nodes_of(circuit.kept)[graph.node_of]
             here = graph.mask_of(kept)[..., None].expand(-1, -1, len(laid.places)).clone()
             if at == "roles":
                 here[..., -1] = False
@@ -141,10 +140,3 @@ def protocol_sweep(
 def _named(ablation: Ablation) -> str:
     """`mean by role` where means were asked for by something."""
     return ablation.kind if ablation.by is None else f"{ablation.kind} by {ablation.by}"
-
-
-def _whole_nodes(circuit: Circuit) -> torch.Tensor:
-    """`[edge]` every edge out of the nodes that write along an edge of the circuit."""
-    graph = circuit.graph
-    used = torch.bincount(graph.node_of[circuit.kept], minlength=graph.n_nodes) > 0
-    return used[graph.node_of]

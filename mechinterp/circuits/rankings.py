@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from mechinterp.circuits.engine import Engine
-from mechinterp.circuits.methods import Method
 from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.tasks.pairs import PromptPairs
@@ -85,12 +84,3 @@ def reinitialised(model: HookedModel, seed: int) -> Iterator[HookedModel]:
         with torch.no_grad():
             for one, old in zip(matrices, kept, strict=True):
                 one.copy_(old)
-
-
-def score(engine: Engine, method: Method) -> Tensor:
-    """`[unit]` mean scores over an engine's prompts."""
-    total, n = torch.zeros(()), 0
-    for index, scores in method.scores(engine):
-        total = total + scores.float().cpu().sum(0)
-        n += len(index) if method.per_prompt else 1
-    return total / n

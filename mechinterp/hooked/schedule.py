@@ -59,11 +59,8 @@ def max_tokens(model: "HookedModel", n_pos: int, read_vocab: bool, every_positio
     per_token = model.dtype.itemsize * (
         widths + (model.d_vocab * (3 if every_position else 1 / n_pos) if read_vocab else 0)
     )
-    if model.device.type == "cuda":
-        free, best = torch.cuda.mem_get_info(model.device)[0], 65_536
-    else:
-        free, best = psutil.virtual_memory().available, 1_024
-    return max(n_pos, min(best, int(free / 4 / per_token)))
+    best = 65_536 if model.device.type == "cuda" else 1_024
+    return max(n_pos, min(best, int(free_bytes(model) / 4 / per_token)))
 
 
 def prompts_to_record(model: "HookedModel", n_pos: int, n_sites: int) -> int:
@@ -72,6 +69,11 @@ def prompts_to_record(model: "HookedModel", n_pos: int, n_sites: int) -> int:
     widest = max(model.d_model, model.n_heads * n_pos, model.n_heads * model.d_head)
     per_layer = model.d_model + 2 * model.n_kv_heads * model.d_head
     per_prompt = 2 * model.dtype.itemsize * n_pos * (model.n_layers * per_layer + n_sites * widest)
-    on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
-    return max(1, int(free / 4 / per_prompt))
+    return max(1, int(free_bytes(model) / 4 / per_prompt))
+
+
+def free_bytes(model: "HookedModel") -> int:
+    """Free memory where the model runs."""
+    if model.device.type == "cuda":
+        return torch.cuda.mem_get_info(model.device)[0]
+    return psutil.virtual_memory().available
