@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import mechinterp as mi
 from mechinterp.cli import Switch
@@ -42,13 +43,18 @@ class Settings:
 
     def command(self, script: str) -> str:
         """The command line that makes the same run: every setting of its folder that is not the default."""
-        given = ["python", f"experiments/{Path(script).name}"]
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if value != one.default and one.metadata.get("in_id", True):
-                words = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
-                given += [f"--{one.name.replace('_', '-')}", *([] if value is True else words)]
-        return shlex.join(given)
+        return command(self, script)
+
+
+def command(config: Any, script: str) -> str:
+    """The command line that makes the same run, of any dataclass of settings."""
+    given = ["python", f"experiments/{Path(script).name}"]
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if value != one.default and one.metadata.get("in_id", True):
+            words = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+            given += [f"--{one.name.replace('_', '-')}", *([] if value is True else words)]
+    return shlex.join(given)
 
 
 def finished(path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         patching,
         reporting,
         results,
+        sae,
         steering,
         tasks,
         text,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mechinterp.hooked.sites import Site
     from mechinterp.identities import check
     from mechinterp.models import load
+    from mechinterp.sae.splice import Splice
 
 # Public name -> module that holds it; None: the name is itself a module.
 _HOMES: dict[str, str | None] = {
@@ -46,6 +48,7 @@ _HOMES: dict[str, str | None] = {
     "patching": None,
     "reporting": None,
     "results": None,
+    "sae": None,
     "steering": None,
     "tasks": None,
     "text": None,
@@ -65,6 +68,7 @@ _HOMES: dict[str, str | None] = {
     "Site": "hooked.sites",
     "check": "identities",
     "load": "models",
+    "Splice": "sae.splice",
 }
 __all__ = [
     "Apply",
@@ -76,6 +80,7 @@ __all__ = [
     "Prompts",
     "Resample",
     "Site",
+    "Splice",
     "Steer",
     "UserError",
     "Zero",
@@ -93,6 +98,7 @@ __all__ = [
     "patching",
     "reporting",
     "results",
+    "sae",
     "steering",
     "tasks",
     "text",

@@ -34,4 +34,9 @@ AXES = {
     "row": "rows of a table: a property and what it is of",
     "source": "nodes that write into the residual stream",
     "destination": "nodes that read from the residual stream",
+    "context": "stretches of text that a feature is shown in, by falling activation",
+    "example": "stretches of text that a feature is shown in, drawn at random",
+    "offset": "tokens of a stretch of text, counted from the one that it is about",
+    "bin": "bars of a histogram",
+    "neighbour": "features by falling cosine of their decoder rows",
 }

@@ -16,6 +16,7 @@ from mechinterp.cli.analyses import Ablate, Attention, Dla, Heads, Lens, Patch, 
 from mechinterp.cli.circuits import Circuit
 from mechinterp.cli.flags import Switch
 from mechinterp.cli.models import Check, Models, Report, Sites
+from mechinterp.cli.sae import Sae
 from mechinterp.errors import UserError
 
 __all__ = ["Switch", "main"]
@@ -39,6 +40,7 @@ SUBCOMMANDS = {
     "attention": Attention,
     "steer": Steer,
     "circuit": Circuit,
+    "sae": Sae,
     "report": Report,
 }
 
@@ -53,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"mechinterp {__version__}")
         return 0
-    asked = tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS,
-        prog="mechinterp",
-        description=DESCRIPTION,
-        args=given or ["--help"],
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-    )
     try:
+        asked = tyro.extras.subcommand_cli_from_dict(
+            SUBCOMMANDS,
+            prog="mechinterp",
+            description=DESCRIPTION,
+            args=given or ["--help"],
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        )
         asked.check_flags()
         return asked.run(shlex.join(["mechinterp", *given]))
     except UserError as error:

@@ -16,8 +16,8 @@ from mechinterp.pairs_file import read_pairs_file
 # The names that the library knows, repeated here because their modules import torch; a test holds them equal.
 SiteName = Literal[
     "resid_pre", "q_input", "k_input", "v_input", "ln1_scale", "q", "k", "v", "rot_q", "rot_k", "attn_scores",
-    "pattern", "z", "ln1_post_scale", "attn_out", "resid_mid", "mlp_in", "ln2_scale", "mlp_pre", "mlp_pre_linear",
-    "mlp_post", "ln2_post_scale", "mlp_out", "resid_post",
+    "pattern", "z", "ln1_post_scale", "attn_out", "resid_mid", "mlp_in", "ln2_scale", "mlp_normed", "mlp_pre",
+    "mlp_pre_linear", "mlp_post", "ln2_post_scale", "mlp_out", "resid_post",
 ]  # fmt: skip
 MetricName = Literal["logit-diff", "prob", "logprob", "seq-logprob", "rank", "kl"]
 Direction = Literal["denoise", "noise"]

@@ -53,7 +53,8 @@ class Bound:
         held, self._held = self._held, None
         if held is None and self.reads.hook_name != self.writes.hook_name:
             raise UserError(f"nothing can be written to {self.writes}: {self.reads}, which it is from, comes later")
-        new = held if held is not None else self.intervention.new_value(activation, self.state, rows)
+        value = held if held is not None else self.intervention.new_value(activation, self.state, rows)
+        new = self.intervention.at_write(value, activation, rows)
         if self.writes.basis is not None:
             new = activation + (new - activation) @ _projector(self.writes.basis).to(activation)
         selected = self._selection(activation, rows)
@@ -117,6 +118,7 @@ def bind(model: "HookedModel", interventions: Iterable[Intervention]) -> list[Bo
     bound = []
     for one in interventions:
         reads, writes = model.resolve(one.reads), model.resolve(one.writes, write=True)
+        one.require(model)
         bound.append(Bound(one, reads, writes, one.prepare(capture)))
     return bound
 
@@ -221,10 +223,13 @@ def _hook(edits: Sequence[Edit], rows: Rows, activation: Tensor, hook: Any) -> T
     return new.flatten(0, 1) if flat else new
 
 
-def _keep(name: str, into: dict[str, Tensor], activation: Tensor, rows: Rows) -> Tensor:
-    """Record an activation."""
-    # A clone: later hooks may edit the live tensor in place.
-    into[name] = activation.detach().clone()
+def _keep(name: str, into: Any, activation: Tensor, rows: Rows) -> Tensor:
+    """Record an activation; a function `into(name, activation)` copies what it needs of it."""
+    if callable(into):
+        into(name, activation.detach())
+    else:
+        # A clone: later hooks may edit the live tensor in place.
+        into[name] = activation.detach().clone()
     return activation
 
 

@@ -1,14 +1,15 @@
 """Interventions: small frozen values that say what an activation becomes, at which site and positions.
 
-`where` is a Site and positions; `what` is the class: Zero, Mean, Resample, Patch, Steer, Noise, Apply. All of them act
-through `new_value`, so that the one forward (forward.py) needs to know nothing of the kinds. A value may depend on the
-live activation, and may be written to another site than the one that it was read from (`Apply(..., writes=...)`).
+`where` is a Site and positions; `what` is the class: Zero, Mean, Resample, Patch, Steer, Noise, Apply, and Splice
+(sae/splice.py). All of them act through `new_value`, so that the one forward (forward.py) needs to know nothing of the
+kinds. A value may depend on the live activation, and may be written to another site than the one that it was read from
+(`Apply(..., to=...)`); there it may be joined with what is live (`at_write`).
 """
 
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from mechinterp.errors import UserError
 from mechinterp.hooked import donors, means
 from mechinterp.hooked.prompts import Positions, Prompts
 from mechinterp.hooked.sites import Site
+
+if TYPE_CHECKING:
+    from mechinterp.hooked.model import HookedModel
 
 Capture = Callable[[Prompts, Site], Tensor]
 
@@ -89,6 +93,10 @@ class Intervention:
         """Whether rows and positions may be run apart from each other. Plain functions may look at the whole batch."""
         return True
 
+    def require(self, model: "HookedModel") -> None:
+        """Raise UserError unless it can act on this model; that the sites exist is checked without it."""
+        return None
+
     def prepare(self, capture: Capture) -> Any:
         """Compute once, on entering, what the value needs; `capture(prompts, site)` runs the model."""
         return None
@@ -96,6 +104,11 @@ class Intervention:
     def new_value(self, activation: Tensor, state: Any, rows: Rows) -> Tensor:
         """The new activation, of a shape that broadcasts to the old one; `state` is what `prepare` returned."""
         raise NotImplementedError
+
+    def at_write(self, value: Tensor, activation: Tensor, rows: Rows) -> Tensor:
+        """What is written: `value` is what `new_value` made of the site that is read, `activation` the live one at the
+        site that is written, which may be another. By default the value as it is."""
+        return value
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,6 +86,7 @@ KINDS: dict[str, SiteKind] = {
     "resid_mid": SiteKind("blocks.{}.hook_resid_mid", _RESID, "residual stream between attention and MLP"),
     "mlp_in": SiteKind("blocks.{}.hook_mlp_in", _RESID, "residual that the MLP reads, before its norm", True),
     "ln2_scale": SiteKind("blocks.{}.ln2.hook_scale", _SCALE, "divisor of the norm before the MLP"),
+    "mlp_normed": SiteKind("blocks.{}.mlp.hook_in", _RESID, "what the MLP's matrices read: its input after the norm"),
     "mlp_pre": SiteKind("blocks.{}.mlp.hook_pre", _MLP, "MLP before its non-linearity"),
     "mlp_pre_linear": SiteKind("blocks.{}.mlp.hook_pre_linear", _MLP, "linear branch of a gated MLP"),
     "mlp_post": SiteKind("blocks.{}.mlp.hook_post", _MLP, "neurons: what the MLP's output matrix reads"),
@@ -100,6 +101,7 @@ _ALIASES = {
     "blocks.{}.hook_in": "resid_pre",
     "blocks.{}.hook_out": "resid_post",
     "blocks.{}.ln2.hook_in": "resid_mid",
+    "blocks.{}.ln2.hook_out": "mlp_normed",
     "blocks.{}.attn.o.hook_in": "z",
     "blocks.{}.mlp.out.hook_in": "mlp_post",
 }

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from mechinterp.errors import UserError
 from mechinterp.files import write_text
-from mechinterp.reporting.manifest import now, peak_memory_bytes, plain_config, run_id, start_manifest
+from mechinterp.manifest import now, peak_memory_bytes, plain_config, run_id, start_manifest
 from mechinterp.reporting.report import Report
 
 R = TypeVar("R")

@@ -10,7 +10,7 @@ import pytest
 
 from mechinterp.errors import UserError
 from mechinterp.reporting import Report, Run, bars
-from mechinterp.reporting import manifest as manifest_module
+from mechinterp import manifest as manifest_module
 
 
 class Side(Enum):

@@ -1,0 +1,348 @@
+"""Where a training run's activations come from: text through a model and a shuffle buffer, or a store on disk.
+
+    text ──tokens.py──► blocks ──harvest.py──► chunks ──ahead.py──► buffer.py ──► batches
+                                    └──► store.py ──► chunks ──────────┘
+
+All sites of a run come from one pass of the model. Each process reads documents (or shards) of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.errors import UserError
+from mechinterp.hooked.model import HookedModel
+from mechinterp.hooked.sites import Site
+from mechinterp.models import load
+from mechinterp.sae.ahead import Ahead
+from mechinterp.sae.buffer import ShuffleBuffer
+from mechinterp.sae.chunks import Chunks
+from mechinterp.sae.config import TrainConfig
+from mechinterp.sae.distributed import Processes
+from mechinterp.sae.exclusion import Exclusion, special_tokens
+from mechinterp.sae.harvest import Harvest
+from mechinterp.sae.metadata import Metadata
+from mechinterp.sae.store import Store, write_store
+from mechinterp.sae.store_format import DTYPES, Manifest, Origin
+from mechinterp.sae.synthetic import KnownDictionary
+from mechinterp.sae.tokens import FixedBlocks, TokenBlocks, held_out_blocks
+from mechinterp.text import DOCSTRINGS
+
+HELD_OUT = "held_out"  # folder of a store, a store of its own
+
+
+@dataclass(frozen=True)
+class Job:
+    """One autoencoder to train.
+
+    Attributes:
+        name: of it, among those of the run.
+        reads, writes: hook names of what it reads and reconstructs.
+        metadata: what it will say of itself.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    metadata: Metadata = field(default_factory=Metadata)
+
+    def of(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What it reads `[token d_in]` and reconstructs `[token d_out]`: several sites stand side by side."""
+        x = _beside([batch[name] for name in self.reads])
+        return x, x if self.writes == self.reads else _beside([batch[name] for name in self.writes])
+
+
+def _beside(sites: list[Tensor]) -> Tensor:
+    return sites[0] if len(sites) == 1 else torch.cat(sites, 1)
+
+
+@dataclass(eq=False)
+class Source:
+    """Batches of activations, and what is held out.
+
+    Attributes:
+        jobs: what is trained on them.
+        buffer: gives the batches.
+        held_out: hook name -> `[token d]` that no batch has; empty where there is none.
+        origin: what a checkpoint must share: text, weights, sites; plain values.
+        harvest: counts tokens; None where no model runs.
+    """
+
+    jobs: tuple[Job, ...]
+    buffer: ShuffleBuffer
+    held_out: Mapping[str, Tensor]
+    origin: Mapping[str, Any]
+    harvest: Harvest | None = None
+
+    def batch(self) -> dict[str, Tensor]:
+        """Hook name -> `[batch d]`, float32. Raises StopIteration at the end of a finite source."""
+        return {name: rows.float() for name, rows in self.buffer.batch().items()}
+
+    def sample(self, n: int) -> dict[str, Tensor]:
+        """The next n rows, or all there are, without taking them."""
+        return {name: rows.float() for name, rows in self.buffer.peek(n).items()}
+
+    def counts(self) -> dict[str, Any]:
+        """Of the harvest, for the log: tokens run through the model, those left out, those of outlying norm."""
+        if self.harvest is None:
+            return {}
+        found = self.harvest.counts
+        return {"harvested": found.tokens, "excluded": found.excluded, "outliers": found.outliers}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later batches depend on."""
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue, bit for bit, where the state was taken."""
+        self.buffer.load_state_dict(state)
+
+
+def open_source(config: TrainConfig, model: HookedModel | None, processes: Processes) -> Source:
+    """The source that the settings ask for.
+
+    Raises:
+        UserError: a site or layer that the model does not have, text that cannot be had, a store of something else.
+    """
+    if config.store is not None:
+        return _from_store(config, config.store, model, processes)
+    model = model or load_model(config, processes)
+    return _from_text(config, model, processes)
+
+
+def load_model(config: TrainConfig, processes: Processes) -> HookedModel:
+    """The model of the settings, on the device of the settings; its header is printed once."""
+    device = processes.device(config.model_device or config.device)
+    model = load(config.model, device=device, dtype=config.dtype)
+    if processes.first:
+        print(model.header(), flush=True)
+    return model
+
+
+# ---- text through a model ------------------------------------------------------------------------------------------
+
+
+def harvest_of(config: TrainConfig, model: HookedModel, shard: tuple[int, int] = (0, 1)) -> Harvest:
+    """The training documents of a shard, as activations of every site of the settings."""
+    blocks = TokenBlocks(
+        model, text_source(config), config.context, shard, config.held_out_every, split=config.split,
+        column=config.column,
+    )  # fmt: skip
+    return Harvest(model, sites(config, model), blocks, exclusion_of(config, model), config.harvest_blocks)
+
+
+def held_out_of(config: TrainConfig, model: HookedModel, n_tokens: int) -> dict[str, Tensor]:
+    """Hook name -> about n `[token d]` of held-out documents, by the same rule of exclusion.
+
+    Raises:
+        UserError: no held-out document is long enough for a block.
+    """
+    n_blocks = -(-n_tokens // (config.context - 1))
+    blocks = held_out_blocks(
+        model, text_source(config), config.context, n_blocks, config.held_out_every, split=config.split,
+        column=config.column,
+    )  # fmt: skip
+    tokens = FixedBlocks(blocks.prompts.tokens)
+    made = list(Harvest(model, sites(config, model), tokens, exclusion_of(config, model), config.harvest_blocks))
+    return {name: torch.cat([one[name] for one in made])[:n_tokens] for name in made[0]}
+
+
+def text_source(config: TrainConfig) -> Any:
+    """What `text.documents` is to read."""
+    return config.dataset or config.text or DOCSTRINGS
+
+
+def text_name(config: TrainConfig) -> str:
+    """Of the source, without folders."""
+    return config.dataset or ", ".join(path.name for path in config.text) or DOCSTRINGS
+
+
+def exclusion_of(config: TrainConfig, model: HookedModel) -> Exclusion:
+    """Position 0 unless it is kept, special tokens, outliers if they are to be dropped."""
+    return Exclusion(not config.keep_first, tuple(special_tokens(model)), config.outlier)
+
+
+def sites(config: TrainConfig, model: HookedModel) -> list[Site]:
+    """Every site that is read or reconstructed, once. Raises UserError for those that the model does not have."""
+    names = [config.site] + ([config.target or "mlp_out"] if config.transcodes else [])
+    found = [model.resolve(Site(name, layer)) for name in names for layer in config.layer]
+    return list(dict.fromkeys(found))
+
+
+def _from_text(config: TrainConfig, model: HookedModel, processes: Processes) -> Source:
+    harvest = harvest_of(config, model, (processes.rank, processes.size))
+    device = processes.device(config.device)
+    chunks: Chunks = harvest
+    size = config.buffer // processes.size
+    if device != model.device:
+        # As far ahead as a refill of the buffer is long.
+        chunks = Ahead(harvest, max(1, size // 2 // (config.harvest_blocks * (config.context - 1))))
+    exclusion = exclusion_of(config, model)
+    metadata = Metadata(
+        model=model.info.name,
+        exclusion=exclusion,
+        context=config.context,
+        bos=model.info.bos,
+        weights_hash=model.weights_hash(),
+        text=text_name(config),
+    )
+    layers = [site.layer for site in sites(replace(config, kind="sae", target=None), model) if site.layer is not None]
+    origin = {
+        "model weights": metadata.weights_hash,
+        "text": metadata.text,
+        "sites": [site.hook_name for site in sites(config, model)],
+        "exclusion": exclusion.to_json(),
+    }
+    held_out = held_out_of(config, model, config.eval_tokens) if config.eval_every != 0 else {}
+    return Source(
+        jobs(config, layers, metadata),
+        ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
+        {name: rows.to(device).float() for name, rows in held_out.items()},
+        origin,
+        harvest,
+    )
+
+
+def jobs(config: TrainConfig, layers: list[int], metadata: Metadata) -> tuple[Job, ...]:
+    """One autoencoder a layer, or one crosscoder.
+
+    Args:
+        layers: of the settings, counted from 0.
+        metadata: without sites.
+    """
+    read = [Site(config.site, layer).hook_name for layer in layers]
+    target = config.target or "mlp_out"
+    written = [Site(target, layer).hook_name for layer in layers] if config.transcodes else read
+    groups = [(tuple(read), tuple(written))] if config.kind == "crosscoder" else [
+        ((one,), (other,)) for one, other in zip(read, written, strict=True)
+    ]  # fmt: skip
+    return tuple(Job(one[-1], one, other, replace(metadata, reads=one, writes=other)) for one, other in groups)
+
+
+# ---- a store -------------------------------------------------------------------------------------------------------
+
+
+def _from_store(config: TrainConfig, folder: Path, model: HookedModel | None, processes: Processes) -> Source:
+    store = Store.open(folder)
+    origin = store.manifest.origin
+    if min(config.layer) < 0:
+        raise UserError(f"with a store, layers are counted from 0; found {', '.join(map(str, config.layer))}")
+    rule = Exclusion.of(origin.exclusion)
+    asked = (not config.keep_first, config.outlier, config.context)
+    if asked != (rule.first, rule.outlier, origin.context):
+        raise UserError(
+            f"the store in {folder} was made with keep_first {not rule.first}, outlier {rule.outlier}, context "
+            f"{origin.context}; the settings ask for {config.keep_first}, {config.outlier}, {config.context}"
+        )
+    metadata = Metadata(
+        model=origin.model,
+        exclusion=rule,
+        context=origin.context,
+        weights_hash=origin.weights_hash,
+        text=origin.text,
+    )
+    made = jobs(config, list(config.layer), metadata)
+    names = list(dict.fromkeys(name for job in made for name in (*job.reads, *job.writes)))
+    if model is None and config.model != origin.model:
+        raise UserError(f"the store in {folder} is of the model {origin.model}, not {config.model}")
+    store.require(
+        config.model, origin.weights_hash if model is None else model.weights_hash(), names, context=config.context
+    )
+    device = processes.device(config.device)
+    chunks = store.chunks(config.seed, (processes.rank, processes.size), names)
+    held_out = {}
+    if config.eval_every != 0 and (folder / HELD_OUT).is_dir():
+        rows = Store.open(folder / HELD_OUT).chunks(hook_names=names, endless=False, chunk_tokens=config.eval_tokens)
+        held_out = {name: one.to(device).float() for name, one in rows.chunk().items()}
+    size = config.buffer // processes.size
+    return Source(
+        made,
+        ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
+        held_out,
+        {"store": [shard.sha256 for shard in store.manifest.shards], "sites": names},
+    )
+
+
+# ---- a known dictionary --------------------------------------------------------------------------------------------
+
+
+def synthetic_source(dictionary: KnownDictionary, config: TrainConfig, processes: Processes | None = None) -> Source:
+    """Activations whose features are known, in the place of a model's; one site, "toy"."""
+    processes = processes or Processes()
+    device = processes.device(config.device)
+    # Streams of their own for every process, and for what is held out.
+    chunks = dictionary.chunks(seed=1 + config.seed * 1_000 + processes.rank)
+    size = config.buffer // processes.size
+    held_out = dictionary.chunks(config.eval_tokens, seed=config.seed * 1_000).chunk()
+    return Source(
+        (Job("toy", ("toy",), ("toy",), Metadata(model="toy", text=repr(dictionary))),),
+        ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
+        {name: rows.to(device) for name, rows in held_out.items()},
+        {"dictionary": repr(dictionary)},
+    )
+
+
+# ---- harvesting to disk --------------------------------------------------------------------------------------------
+
+
+def harvest_into(
+    config: TrainConfig,
+    folder: Path,
+    shard_tokens: int,
+    dtype: str = "float32",
+    progress: Callable[[int], None] | None = None,
+    model: HookedModel | None = None,
+) -> Manifest:
+    """Write the activations that a run of these settings would read, and held-out ones beside them, or continue to.
+
+    Args:
+        config: settings; `n_tokens` are written, and `eval_tokens` held-out ones.
+        folder: of the store.
+        shard_tokens: tokens of a shard.
+        dtype: of the numbers on disk.
+        progress: called with the tokens so far.
+        model: instead of loading `config.model`.
+
+    Raises:
+        UserError: as `open_source` and `write_store` do.
+    """
+    model = model or load_model(config, Processes())
+    origin = Origin(
+        model.info.name,
+        model.weights_hash(),
+        exclusion_of(config, model).to_json(),
+        config.context,
+        text_name(config),
+    )
+    made = write_store(
+        folder, harvest_of(config, model), origin, config.n_tokens, shard_tokens, progress, DTYPES[dtype]
+    )
+    held_out = FixedChunk(held_out_of(config, model, config.eval_tokens))
+    write_store(folder / HELD_OUT, held_out, origin, config.eval_tokens, config.eval_tokens, None, DTYPES[dtype])
+    return made
+
+
+class FixedChunk:
+    """One chunk, once."""
+
+    def __init__(self, rows: dict[str, Tensor]):
+        self.rows, self._given = rows, False
+
+    def chunk(self) -> dict[str, Tensor]:
+        """All rows. Raises StopIteration the second time."""
+        if self._given:
+            raise StopIteration
+        self._given = True
+        return self.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it was given."""
+        return {"given": self._given}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken."""
+        self._given = bool(state["given"])

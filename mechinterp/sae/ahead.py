@@ -1,0 +1,61 @@
+"""Harvest while training: chunks are made in a thread, some ahead of those that were asked for."""
+
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from mechinterp.sae.chunks import Chunks
+
+
+class Ahead:
+    """The chunks of another source, in the same order. Worth it where that source has a device of its own."""
+
+    def __init__(self, chunks: Chunks, n: int):
+        """Nothing is made yet.
+
+        Args:
+            chunks: the source; nobody else may use it.
+            n: chunks to be ahead.
+        """
+        self.chunks, self.n = chunks, n
+        self._made: deque[Future[dict[str, Tensor] | None]] = deque()
+        self._thread = ThreadPoolExecutor(1, "harvest")
+
+    def chunk(self) -> dict[str, Tensor]:
+        """The next rows. Raises what the source raises, when it is its turn."""
+        while len(self._made) <= self.n:
+            self._made.append(self._thread.submit(self._next))
+        made = self._made.popleft().result()
+        if made is None:
+            raise StopIteration
+        return made
+
+    def _next(self) -> dict[str, Tensor] | None:
+        """A chunk; None at the end, for no future may hold StopIteration."""
+        try:
+            return self.chunks.chunk()
+        except StopIteration:
+            return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The chunks that are made or under way, and the source's state after them."""
+        ready = [one for one in (future.result() for future in self._made) if one is not None]
+        made: dict[str, Any] = {"sites": [list(one) for one in ready]}
+        for number, one in enumerate(ready):
+            made |= {f"ready.{number}.{name}": rows for name, rows in one.items()}
+        return made | {f"chunks.{name}": value for name, value in self.chunks.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken."""
+        for future in self._made:
+            future.result()
+        inner = {name.removeprefix("chunks."): one for name, one in state.items() if name.startswith("chunks.")}
+        self.chunks.load_state_dict(inner)
+        self._made.clear()
+        for number, names in enumerate(state["sites"]):
+            ready: Future[dict[str, Tensor] | None] = Future()
+            ready.set_result({name: state[f"ready.{number}.{name}"] for name in names})
+            self._made.append(ready)

@@ -1,0 +1,297 @@
+"""The architectures: standard, gated, TopK, BatchTopK, JumpReLU and Matryoshka BatchTopK.
+
+They differ in which features they keep, and in the losses that they are trained by. An architecture chooses pairs
+(row, feature) and computes on their values alone (kernels.py); with `dense=True` the same lines run on every pair,
+which is the reference that the tests compare with.
+
+A loss term is a sum over the rows at hand, divided by the number of rows (or the variance) of the whole batch over all
+processes, so that the gradients of processes add up.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechinterp.sae import kernels
+from mechinterp.sae.autoencoder import Codes, Objective, SAEConfig, SparseAutoencoder
+from mechinterp.sae.kernels import Encoded, Entries
+from mechinterp.sae.metadata import Metadata
+from mechinterp.sae.straight_through import JumpReLUFunction, StepFunction
+
+
+class Standard(SparseAutoencoder):
+    """ReLU with an L1 penalty, weighted by decoder norms, which are free.
+
+    Bricken et al. 2023, "Towards Monosemanticity"; the weights by norm from Conerly et al. 2024, "Update on how we
+    train SAEs".
+    """
+
+    decoder_norm = 0.1
+    unit_norm = False
+
+    def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
+        return kernels.above(pre, pre.new_zeros(()))
+
+    def activate(self, encoded: Encoded, objective: Objective | None) -> Tensor:
+        return encoded.values.relu()
+
+    def penalties(
+        self, x: Tensor, y: Tensor, encoded: Encoded, codes: Codes, objective: Objective
+    ) -> dict[str, Tensor]:
+        weighted = codes.values * codes.selection.at(self.decoder_norms())
+        return {"l1": objective.sparsity * weighted.sum() / objective.n}
+
+
+class Gated(SparseAutoencoder):
+    """A gate says which features are on, a magnitude how much; both share W_enc.
+
+    gate = pre + b_gate, f = 1[gate > 0] · ReLU(exp(r_mag) · pre + b_mag). The penalty is on ReLU(gate), which must
+    also reconstruct by itself (`aux`, with the decoder held still), for the gate gets no gradient from f.
+
+    Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders", equations 3 to 8.
+    """
+
+    has_b_enc = False
+
+    def __init__(self, config: SAEConfig, metadata: Metadata | None = None, seed: int = 0):
+        super().__init__(config, metadata, seed)
+        self.b_gate = nn.Parameter(torch.zeros(config.d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
+
+    def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
+        return kernels.above(pre, -self.b_gate)
+
+    def gate(self, encoded: Encoded) -> Tensor:
+        """Values before the step that opens the gate."""
+        return encoded.values + encoded.selection.at(self.b_gate)
+
+    def activate(self, encoded: Encoded, objective: Objective | None) -> Tensor:
+        at = encoded.selection.at
+        magnitude = (at(self.r_mag).exp() * encoded.values + at(self.b_mag)).relu()
+        return magnitude * (self.gate(encoded) > 0)
+
+    def penalties(
+        self, x: Tensor, y: Tensor, encoded: Encoded, codes: Codes, objective: Objective
+    ) -> dict[str, Tensor]:
+        gate = self.gate(encoded).relu()
+        norms = encoded.selection.at(self.decoder_norms().detach())
+        alone = encoded.selection.decode(gate, self.W_dec.detach()) + self.b_dec.detach()
+        if self.W_skip is not None:
+            alone = alone + x @ self.W_skip.detach().T
+        return {
+            "l1": objective.sparsity * (gate * norms).sum() / objective.n,
+            "aux": (y - alone).square().sum() / objective.n,
+        }
+
+    def scale_features(self, factor: Tensor) -> None:
+        self.b_gate.mul_(factor)
+        self.b_mag.mul_(factor)
+
+
+class TopK(SparseAutoencoder):
+    """The k largest pre-activations of each token; no penalty. The squared error is relative to the variance.
+
+    Dead features are revived by `auxk`: the k_aux largest of them reconstruct what the others missed.
+
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
+    """
+
+    def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
+        assert self.config.k is not None
+        return kernels.top_k(pre, self.config.k)
+
+    def encode_pairs(self, x: Tensor, objective: Objective | None, dense: bool) -> Encoded:
+        encoded = super().encode_pairs(x, objective, dense)
+        if not dense:
+            return encoded
+        # The dense reference keeps every pair, at 0 where it was not chosen.
+        chosen = self.choose(encoded.pre, objective)
+        assert chosen is not None
+        kept = chosen.dense(torch.ones(len(chosen.index), device=x.device, dtype=x.dtype))
+        return encoded._replace(values=encoded.values * kept)
+
+    def activate(self, encoded: Encoded, objective: Objective | None) -> Tensor:
+        return encoded.values.relu()
+
+    def train_on(
+        self, x: Tensor, y: Tensor, encoded: Encoded, codes: Codes, objective: Objective
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        made = self.decode(codes, x)
+        losses = {"fvu": (y - made).square().sum() / objective.variance}
+        return made, losses | self.revive(x, y - made.detach(), encoded.pre, objective)
+
+    def revive(self, x: Tensor, missed: Tensor, pre: Tensor, objective: Objective) -> dict[str, Tensor]:
+        """AuxK: what was missed `[batch d_out]`, reconstructed from dead features; in units of the variance."""
+        dead = objective.dead
+        if dead is None or not len(dead) or not objective.k_aux:
+            return {}
+        values = _DeadPre.apply(x, self.b_dec if self.config.centred else None, self.W_enc, self.b_enc, pre, dead)
+        values = _largest(values.relu(), objective.k_aux)  # type: ignore[union-attr]
+        made = values @ self.W_dec.index_select(0, dead)
+        return {"auxk": objective.aux * (missed - made).square().sum() / objective.variance}
+
+
+class BatchTopK(TopK):
+    """The k · batch largest pre-activations of a batch; a threshold where there is no batch to choose from.
+
+    The threshold is the smallest value that was chosen, averaged over steps: a plain mean at first, so that short runs
+    have one, then an exponential one.
+
+    Bussmann et al. 2024, "BatchTopK Sparse Autoencoders".
+    """
+
+    threshold: Tensor
+    n_updates: Tensor
+    DECAY = 0.99
+
+    def __init__(self, config: SAEConfig, metadata: Metadata | None = None, seed: int = 0):
+        super().__init__(config, metadata, seed)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
+
+    def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
+        if objective is None:
+            return _never_none(pre, self.threshold)
+        assert self.config.k is not None
+        entries, smallest = kernels.batch_top_k(
+            pre, self.config.k * objective.n, float(self.threshold), objective.gather
+        )
+        self.n_updates += 1
+        share = max(1 / int(self.n_updates), 1 - self.DECAY)
+        self.threshold += share * (smallest - self.threshold)
+        return entries
+
+    def scale_features(self, factor: Tensor) -> None:
+        super().scale_features(factor)
+        self.threshold.mul_(factor)
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK whose first features must reconstruct without the later ones, at every prefix; the mean over them.
+
+    Bussmann et al. 2025, "Learning Multi-Level Features with Matryoshka Sparse Autoencoders".
+    """
+
+    def train_on(
+        self, x: Tensor, y: Tensor, encoded: Encoded, codes: Codes, objective: Objective
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        none = Codes(*codes.selection.between(codes.values, 0, 0))
+        made = self.decode(none, x)
+        errors, low = [], 0
+        for high in self.config.prefixes:
+            values, selection = codes.selection.between(codes.values, low, high)
+            made = made + selection.decode(values, self.W_dec)
+            errors.append((y - made).square().sum() / objective.variance)
+            low = high
+        losses = {"fvu": torch.stack(errors).mean()}
+        return made, losses | self.revive(x, y - made.detach(), encoded.pre, objective)
+
+
+class JumpReLU(SparseAutoencoder):
+    """A threshold a feature, learnt through a straight-through gradient.
+
+    With the penalty "l0" (Rajamanoharan et al. 2024, "Jumping Ahead", equations 9 to 12): sparsity · L0. With "tanh"
+    (Conerly et al. 2025, "Dictionary Learning Optimization Techniques"): sparsity · Σ tanh(4 f ‖d‖), and
+    pre_activation · Σ ReLU(θ − pre) ‖d‖, which reaches every feature that is off, so this one is always dense.
+    """
+
+    TANH = 4.0
+
+    def __init__(self, config: SAEConfig, metadata: Metadata | None = None, seed: int = 0, threshold: float = 0.001):
+        super().__init__(config, metadata, seed)
+        self.log_threshold = nn.Parameter(torch.full((config.d_sae,), threshold).log())
+
+    @property
+    def threshold(self) -> Tensor:
+        """`[feature]`, above 0."""
+        return self.log_threshold.exp()
+
+    def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
+        if objective is None:
+            return _never_none(pre, self.threshold)
+        if objective.penalty == "tanh":
+            return None
+        # Below the threshold a pair still has a gradient within the window, and below 0 none.
+        return kernels.above(pre, (self.threshold - objective.bandwidth / 2).clamp_min(0))
+
+    def activate(self, encoded: Encoded, objective: Objective | None) -> Tensor:
+        threshold = encoded.selection.at(self.threshold)
+        bandwidth, positive = (1.0, True) if objective is None else (objective.bandwidth, objective.penalty == "l0")
+        return JumpReLUFunction.apply(encoded.values, threshold, bandwidth, positive)  # type: ignore[no-any-return]
+
+    def penalties(
+        self, x: Tensor, y: Tensor, encoded: Encoded, codes: Codes, objective: Objective
+    ) -> dict[str, Tensor]:
+        at, n = encoded.selection.at, objective.n
+        if objective.penalty == "l0":
+            on = StepFunction.apply(encoded.values, at(self.threshold), objective.bandwidth)
+            return {"l0": objective.sparsity * on.sum() / n}  # type: ignore[union-attr]
+        norms = at(self.decoder_norms())
+        below = (at(self.threshold) - encoded.values).relu() * norms
+        return {
+            "tanh": objective.sparsity * (self.TANH * codes.values * norms).tanh().sum() / n,
+            "pre_activation": objective.pre_activation * below.sum() / n,
+        }
+
+    def scale_features(self, factor: Tensor) -> None:
+        super().scale_features(factor)
+        self.log_threshold.add_(factor.log())
+
+
+ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {
+    "standard": Standard,
+    "gated": Gated,
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "jumprelu": JumpReLU,
+    "matryoshka": Matryoshka,
+}
+
+
+def make(
+    config: SAEConfig, metadata: Metadata | None = None, seed: int = 0, threshold: float | None = None
+) -> SparseAutoencoder:
+    """A fresh autoencoder of the config's architecture; the same seed gives the same weights.
+
+    `threshold` is JumpReLU's at the start.
+    """
+    if config.architecture == "jumprelu" and threshold is not None:
+        return JumpReLU(config, metadata, seed, threshold)
+    return ARCHITECTURES[config.architecture](config, metadata, seed)
+
+
+def _never_none(pre: Tensor, bound: Tensor) -> Entries:
+    """Pairs above a bound, however many."""
+    return Entries.of_flat((pre > bound).view(-1).nonzero().flatten(), *pre.shape)
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """`[batch n]` non-negative values with all but the k largest of each row at 0."""
+    crowded = ((values.detach() > 0).sum(1) > k).nonzero().flatten()
+    if not len(crowded):
+        return values
+    kept = torch.ones_like(values, dtype=torch.bool)
+    top = values.detach()[crowded].topk(k, sorted=False).indices
+    kept[crowded] = kept.new_zeros(len(crowded), kept.shape[1]).scatter_(1, top, True)
+    return values * kept
+
+
+class _DeadPre(torch.autograd.Function):
+    """Pre-activations of dead features `[batch dead]`, out of the product that was done already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, centre: Any, weight: Tensor, bias: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
+        ctx.save_for_backward(x, centre, weight, dead)
+        return pre.index_select(1, dead)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, centre, weight, dead = ctx.saved_tensors
+        by_feature = grads[0].sum(0)
+        to_weight = torch.zeros_like(weight)
+        to_weight[dead] = grads[0].T @ (x if centre is None else x - centre)
+        to_bias = weight.new_zeros(len(weight)).index_copy_(0, dead, by_feature)
+        to_centre = None if centre is None else -(by_feature @ weight.index_select(0, dead))
+        return None, to_centre, to_weight, to_bias, None, None

@@ -1,0 +1,156 @@
+"""Checkpoints of a training run: everything that it needs to go on as if it had never stopped.
+
+`checkpoints/tokens-000000512000/` holds parts, each a `.safetensors` file with the tensors and a `.json` file with the
+plain values and the checksum of the tensors: `training` (weights, optimizer, counters), and `source-0` … of each
+process (buffer, data cursor, random states). They are written to a folder aside, which is renamed when all are there:
+a checkpoint that has its name is whole. Older ones are removed after that.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mechinterp.errors import UserError
+from mechinterp.results import write_json
+from mechinterp.sae.distributed import Processes
+
+State = dict[str, Any]  # flat: tensors and plain values
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Attributes:
+        folder: holds one folder a checkpoint.
+        keep: how many are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int, processes: Processes | None = None):
+        self.folder, self.keep, self.processes = folder, keep, processes or Processes()
+
+    def write(self, tokens: int, training: Mapping[str, Any], source: Mapping[str, Any]) -> Path:
+        """Write one, then remove those that are too old. Every process calls this.
+
+        Args:
+            tokens: trained on so far; the checkpoint's name.
+            training: state that is the same in all processes; the first one writes it.
+            source: this process's own.
+
+        Raises:
+            UserError: it could not be written; earlier ones stay as they are.
+        """
+        path = self.folder / f"tokens-{tokens:012d}"
+        partial = self.folder / f".partial-{path.name}"
+        try:
+            if self.processes.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                write_part(partial, "training", training)
+            self.processes.wait()
+            write_part(partial, f"source-{self.processes.rank}", source)
+            self.processes.wait()
+            if self.processes.first:
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"cannot write the checkpoint {path}: {_reason(error)}; {self._last_good()}") from error
+        if self.processes.first:
+            for old in self.paths()[: -self.keep]:
+                shutil.rmtree(old)
+        self.processes.wait()
+        return path
+
+    def paths(self) -> list[Path]:
+        """Those that are whole, oldest first."""
+        return sorted(path for path in self.folder.glob("tokens-*") if path.is_dir())
+
+    def newest(self) -> tuple[Path, State, State] | None:
+        """The newest that can be read, with its two states; None where there is none. Damaged ones are passed over.
+
+        Raises:
+            UserError: all are damaged, or the checkpoint is of another number of processes.
+        """
+        if self.processes.first:
+            for partial in self.folder.glob(".partial-*"):
+                shutil.rmtree(partial, ignore_errors=True)
+        damage = []
+        for path in reversed(self.paths()):
+            n_processes = len(list(path.glob("source-*.json")))
+            if n_processes and n_processes != self.processes.size:
+                raise UserError(f"{path} is of {n_processes} processes; this run has {self.processes.size}")
+            try:
+                return path, read_part(path, "training"), read_part(path, f"source-{self.processes.rank}")
+            except UserError as error:
+                damage.append(str(error))
+                print(f"passed over: {error}", flush=True)
+        if damage:
+            raise UserError(f"no checkpoint in {self.folder} can be read; the newest: {damage[0]}")
+        return None
+
+    def _last_good(self) -> str:
+        whole = self.paths()
+        return f"the last good one is {whole[-1]}: make room and resume" if whole else "there is no earlier one"
+
+
+def write_part(folder: Path, name: str, state: Mapping[str, Any]) -> None:
+    """Write a flat state: its tensors, then its plain values with the checksum of the tensors."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    file = folder / f"{name}.safetensors"
+    save_file(tensors, file)
+    plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+    write_json(folder / f"{name}.json", {"sha256": _digest(file), "values": plain})
+
+
+def read_part(folder: Path, name: str) -> State:
+    """Read what `write_part` wrote. Raises UserError naming the file that is missing or damaged."""
+    file, note = folder / f"{name}.safetensors", folder / f"{name}.json"
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+        digest = _digest(file)
+        tensors = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read the checkpoint {folder}: {_reason(error)}") from error
+    if not isinstance(found, dict) or found.get("sha256") != digest:
+        raise UserError(f"{file} is damaged: its bytes are not those that {note.name} was written for")
+    return found["values"] | tensors
+
+
+def random_states() -> State:
+    """Of every generator that code outside of ours may draw from."""
+    made: State = {"random.python": json.dumps(random.getstate()), "random.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        made |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return made
+
+
+def set_random_states(state: Mapping[str, Any]) -> None:
+    """Put back what `random_states` took."""
+    version, numbers, gauss = json.loads(state["random.python"])
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["random.torch"])
+    if torch.cuda.is_available():
+        found = [state[name] for name in sorted(state) if name.startswith("random.cuda.")]
+        torch.cuda.set_rng_state_all(found)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return os.strerror(errno.ENOSPC) if error.errno == errno.ENOSPC else str(error)
+    return str(error).splitlines()[0]

@@ -1,0 +1,312 @@
+"""The sparse step: of the six matrix products of a dense autoencoder's step only the encoder's is done.
+
+1. `encode` multiplies once, `choose` picks (row, feature) pairs of the product, and only their values go on. The
+   choice is a set of `Entries`, sorted by row, or `Everything`: the dense reference, which the same architectures run
+   on, and which is quicker where more than `DENSE` of the pairs are chosen.
+2. `decode` sums decoder rows weighted by the values (one `embedding_bag`, nothing of tokens × k × d_model is made).
+3. Backward. The gradient of a value is a product of two rows (the backward of `embedding_bag`'s weights). The gradient
+   of either weight is a sum over the tokens that a feature is chosen for: the pairs are sorted by feature once, and a
+   *forward* `embedding_bag` over tokens gives it. The gradient of a bias that is taken off the input before the
+   encoder is −(gradient of b_enc) @ W_enc.
+4. `top_k` is exact in two stages: the k largest of the group maxima, then the k largest inside those groups, which hold
+   all of them. `batch_top_k` is exact behind a filter at `NEAR` of the last threshold.
+
+On CUDA, Triton kernels (triton_kernels.py) take the place of the bags of steps 2 and 3.
+
+Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix D has sparse kernels for decoder and gradients.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+GROUP = 16  # features of a group of `top_k`
+DENSE = 0.05  # share of the pairs above which dense products are quicker
+NEAR = 0.9  # of the last threshold, at which `batch_top_k` filters
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Chosen pairs, sorted by row.
+
+    Attributes:
+        index: `[entry]` feature of each.
+        offsets: `[batch]` number of the first entry of each row.
+        n_features: of the dictionary.
+    """
+
+    index: Tensor
+    offsets: Tensor
+    n_features: int
+
+    @classmethod
+    def of_rows(cls, index: Tensor, n_features: int) -> "Entries":
+        """From `[batch k]` features, k in every row."""
+        offsets = torch.arange(0, index.numel(), index.shape[1], device=index.device)
+        return cls(index.flatten(), offsets, n_features)
+
+    @classmethod
+    def of_flat(cls, flat: Tensor, batch: int, n_features: int) -> "Entries":
+        """From ascending numbers row · n_features + feature."""
+        rows = torch.div(flat, n_features, rounding_mode="floor")
+        return cls(flat - rows * n_features, _starts(rows, batch), n_features)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """`[entry]` row of each."""
+        ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.index)])])
+        each = torch.arange(len(self.offsets), device=self.offsets.device)
+        return torch.repeat_interleave(each, ends - self.offsets, output_size=len(self.index))
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor]:
+        """`[entry]` the entries in the order of their features, and `[feature]` the first of each in that order."""
+        ordered, order = torch.sort(self.index.int(), stable=True)
+        return order, _starts(ordered, self.n_features)
+
+    def at(self, per_feature: Tensor) -> Tensor:
+        """`[feature]` numbers at the pairs, in a shape that broadcasts to their values."""
+        return _At.apply(per_feature, self)  # type: ignore[no-any-return]
+
+    def decode(self, values: Tensor, weight: Tensor) -> Tensor:
+        """`[batch d]` sums of the rows of `weight` `[feature d]`, weighted by the values."""
+        return _Decode.apply(values, weight, self)  # type: ignore[no-any-return]
+
+    def between(self, values: Tensor, low: int, high: int) -> "tuple[Tensor, Entries]":
+        """The pairs of features low … high − 1 alone."""
+        inside = ((self.index >= low) & (self.index < high)).nonzero().flatten()
+        rows = self.rows[inside]
+        return values[inside], Entries(self.index[inside], _starts(rows, len(self.offsets)), self.n_features)
+
+    def fired(self, values: Tensor) -> Tensor:
+        """`[feature]` bool: features with a value that is not 0."""
+        found = torch.zeros(self.n_features, dtype=torch.bool, device=values.device)
+        found[self.index[values != 0]] = True
+        return found
+
+    def dense(self, values: Tensor) -> Tensor:
+        """`[batch feature]` values, 0 at the pairs that were not chosen."""
+        made = values.new_zeros(len(self.offsets), self.n_features)
+        return made.index_put((self.rows, self.index), values)
+
+    # Sums over pairs, for `_Encode` and `_Decode`.
+
+    def sum_by_row(self, weight: Tensor, values: Tensor) -> Tensor:
+        """`[batch d]` = Σ over a row's entries of value × weight[feature]."""
+        return _bag(weight, self.index, self.offsets, values)
+
+    def sum_by_feature(self, x: Tensor, values: Tensor) -> Tensor:
+        """`[feature d]` = Σ over a feature's entries of value × x[row]."""
+        order, starts = self.by_feature
+        return _bag(x, self.rows[order], starts, values[order])
+
+    def count_by_feature(self, values: Tensor) -> Tensor:
+        """`[feature]` = Σ over a feature's entries of value."""
+        # Not index_add_, which adds in another order each time on CUDA: a resumed run must end with the same bits.
+        return self.sum_by_feature(values.new_ones(len(self.offsets), 1), values)[:, 0]
+
+    def products(self, weight: Tensor, x: Tensor) -> Tensor:
+        """`[entry]` = weight[feature] · x[row]."""
+        if _use_triton(weight):
+            from mechinterp.sae import triton_kernels
+
+            return triton_kernels.products(weight, x, self.index, self.rows)
+        backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+        return backward(x.contiguous(), weight, self.index, self.offsets, self.rows, 0)
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Every pair, with the methods of `Entries`: the dense reference. Values are `[batch feature]`."""
+
+    def at(self, per_feature: Tensor) -> Tensor:
+        return per_feature
+
+    def decode(self, values: Tensor, weight: Tensor) -> Tensor:
+        return values @ weight
+
+    def between(self, values: Tensor, low: int, high: int) -> "tuple[Tensor, Everything]":
+        inside = torch.arange(values.shape[1], device=values.device)
+        return values * ((inside >= low) & (inside < high)), self
+
+    def fired(self, values: Tensor) -> Tensor:
+        return (values != 0).any(0)
+
+    def dense(self, values: Tensor) -> Tensor:
+        return values
+
+
+Selection = Entries | Everything
+
+
+class Encoded(NamedTuple):
+    """What the encoder makes: `values` of the chosen pairs, before any non-linearity; the whole product `pre`
+    `[batch feature]` without a gradient, for those who look at pairs that were not chosen."""
+
+    values: Tensor
+    selection: Selection
+    pre: Tensor
+
+
+# pre `[batch feature]` -> the pairs to go on with; None for all.
+Choose = Callable[[Tensor], Entries | None]
+
+
+def encode(x: Tensor, centre: Tensor | None, weight: Tensor, bias: Tensor | None, choose: Choose) -> Encoded:
+    """Pre-activations (x − centre) @ weightᵀ + bias at the pairs that `choose` picks.
+
+    Args:
+        x: `[batch d_in]`.
+        centre: `[d_in]`, taken off the input; None for nothing.
+        weight: `[feature d_in]`.
+        bias: `[feature]`; None for nothing.
+        choose: sees all pre-activations, without a gradient.
+    """
+    product = _product(x if centre is None else x - centre, weight, bias)
+    pre = product.detach()
+    chosen = choose(pre)
+    if chosen is None:
+        return Encoded(product, Everything(), pre)
+    return Encoded(_Encode.apply(x, centre, weight, bias, pre, chosen), chosen, pre)  # type: ignore[arg-type]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Half precision where autocast says so; what comes of it is in the weights' precision again."""
+    return torch.nn.functional.linear(x, weight, bias).to(weight.dtype)
+
+
+class _Encode(torch.autograd.Function):
+    """Pre-activations at entries; the product was done before, without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, centre: Any, weight: Tensor, bias: Any, pre: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(x, centre, weight)
+        ctx.entries = entries
+        return pre.view(-1).index_select(0, entries.rows * pre.shape[1] + entries.index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, centre, weight = ctx.saved_tensors
+        entries, grad = ctx.entries, grads[0].contiguous()
+        by_bias = entries.count_by_feature(grad) if any(ctx.needs_input_grad[i] for i in (1, 3)) else None
+        to_x = entries.sum_by_row(weight, grad) if ctx.needs_input_grad[0] else None
+        to_centre = -(by_bias @ weight) if ctx.needs_input_grad[1] and by_bias is not None else None
+        to_weight = None
+        if ctx.needs_input_grad[2]:
+            to_weight = entries.sum_by_feature(x if centre is None else x - centre, grad)
+        return to_x, to_centre, to_weight, by_bias if ctx.needs_input_grad[3] else None, None, None
+
+
+class _At(torch.autograd.Function):
+    """Numbers of the features of entries."""
+
+    @staticmethod
+    def forward(ctx: Any, per_feature: Tensor, entries: Entries) -> Tensor:
+        ctx.entries = entries
+        return per_feature.index_select(0, entries.index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.entries.count_by_feature(grads[0].contiguous()), None
+
+
+class _Decode(torch.autograd.Function):
+    """Σ value × weight[feature] by row."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        ctx.entries = entries
+        return entries.sum_by_row(weight, values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        values, weight = ctx.saved_tensors
+        entries, grad = ctx.entries, grads[0].contiguous()
+        to_values = entries.products(weight, grad) if ctx.needs_input_grad[0] else None
+        to_weight = entries.sum_by_feature(grad, values) if ctx.needs_input_grad[1] else None
+        return to_values, to_weight, None
+
+
+def _bag(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """`[bag d]` sums of the rows of a table, weighted."""
+    if _use_triton(table):
+        from mechinterp.sae import triton_kernels
+
+        return triton_kernels.bag(table, index, offsets, weights)
+    return embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weights.to(table.dtype))
+
+
+def _use_triton(tensor: Tensor) -> bool:
+    """Whether Triton is there (CUDA on Windows comes without it) and its kernels know this type of number."""
+    known = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return tensor.is_cuda and known and find_spec("triton") is not None
+
+
+def _starts(ordered: Tensor, n: int) -> Tensor:
+    """`[n]` where each number 0 … n − 1 begins in an ascending list (or would, if it is not there)."""
+    return torch.searchsorted(ordered, torch.arange(n, dtype=ordered.dtype, device=ordered.device))
+
+
+# ---- which pairs ---------------------------------------------------------------------------------------------------
+
+
+def top_k(pre: Tensor, k: int) -> Entries:
+    """The k largest of each row of `[batch feature]`, exactly."""
+    return Entries.of_rows(top_k_index(pre, k), pre.shape[1])
+
+
+def top_k_index(pre: Tensor, k: int) -> Tensor:
+    """`[batch k]` features of the k largest of each row, in no order."""
+    batch, n_features = pre.shape
+    groups = n_features // GROUP
+    if n_features % GROUP or k > groups // 2:
+        return pre.topk(k, sorted=False).indices
+    # Group g holds the features g, g + groups, g + 2 · groups, …: a maximum over the outer axis reads memory in order.
+    grouped = pre.view(batch, GROUP, groups)
+    best = grouped.amax(1).topk(k, sorted=False).indices
+    inside = grouped.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)
+    local = inside.topk(k, sorted=False).indices
+    member = torch.div(local, k, rounding_mode="floor")
+    return member * groups + best.gather(1, local - member * k)
+
+
+def above(pre: Tensor, bound: Tensor) -> Entries | None:
+    """The pairs above `bound` `[feature]` (or a scalar); None, for all, where they are more than `DENSE`."""
+    flat = (pre > bound).view(-1).nonzero().flatten()
+    return None if len(flat) > DENSE * pre.numel() else Entries.of_flat(flat, *pre.shape)
+
+
+def batch_top_k(
+    pre: Tensor, n: int, last: float = 0.0, gather: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Entries, float]:
+    """The n largest positive pairs of a batch, and the smallest value among them.
+
+    Args:
+        pre: `[batch feature]`.
+        n: how many; fewer where fewer are positive.
+        last: threshold of the batch before, to filter by; 0 for none.
+        gather: values of this process -> values of all processes; the n are then chosen among all of them (and all
+            that equal the smallest of them, for no process knows which of those the others have).
+    """
+    flat = pre.view(-1)
+    for bound in (NEAR * last, 0.0) if last > 0 else (0.0,):
+        candidates = (flat > bound).nonzero().flatten()
+        values = flat[candidates]
+        everyone = values if gather is None else gather(values)
+        if len(everyone) >= n:
+            break
+    if len(everyone) > n:
+        threshold = everyone.topk(n, sorted=False).values.min()
+        candidates, values = candidates[values >= threshold], values[values >= threshold]
+        everyone = everyone[everyone >= threshold]
+    if gather is None and len(values) > n:  # equal values at the threshold
+        candidates = candidates[values.topk(n, sorted=False).indices].sort().values
+    smallest = float(everyone.min()) if len(everyone) else 0.0
+    return Entries.of_flat(candidates, *pre.shape), smallest
