@@ -77,20 +77,21 @@ def boundary(phases: Phases) -> go.Figure:
     ends = phases.boundary()
     low, high = (np.array([np.nan if end[i] is None else end[i] for end in ends], dtype=float) for i in (0, 1))
     importance = phases.importance.double().numpy()
-    return mi.reporting.curves(
+    figure = mi.reporting.curves(
         np.log10(importance),
         {"trained": np.sqrt(low * high), "theory": toy.critical_density(phases.importance).double().numpy()},
         ci_low={"trained": low}, ci_high={"trained": high}, dashed=("theory",),
         x_labels=[f"{one:.2g}" for one in importance], x_title="log10 importance of feature 2",
         y_title="critical density", title="The density above which superposition ends",
-        facts={"band": "the last density with superposition and the first without"},
+        facts={"band": "the last density with superposition and the next one"},
     )  # fmt: skip
+    return figure.update_xaxes(title_text="importance of feature 2 (log scale)")  # the ticks are not logarithms
 
 
 def dimensions(trained: Trained) -> go.Figure:
     """Dimensions per feature over sparsity, beside linear models."""
     found, linear = per_feature(trained)
-    return mi.reporting.curves(
+    figure = mi.reporting.curves(
         np.log10(1 / trained.density.double().numpy()),
         {"with ReLU": found.estimate, "without ReLU (control)": linear},
         ci_low={"with ReLU": found.low}, ci_high={"with ReLU": found.high}, dashed=("without ReLU (control)",),
@@ -98,6 +99,7 @@ def dimensions(trained: Trained) -> go.Figure:
         y_title="dimensions per feature", title="Dimensions per feature, m / ‖W‖²",
         facts={"interval": f"95% over {trained.W.shape[1]} restarts"},
     )  # fmt: skip
+    return figure.update_xaxes(title_text="1/(1 − S): dense at the left, sparse at the right (log scale)")
 
 
 def dimensionalities(trained: Trained, seed: int) -> go.Figure:

@@ -165,13 +165,16 @@ class Phases:
     linear: float
 
     def boundary(self) -> list[tuple[float | None, float | None]]:
-        """Of each importance the last density with superposition and the first without; None where there is none."""
+        """Of each importance the last density with superposition and the next one; None where there is none.
+
+        The last, not the first without: a sparse cell in which all starts got stuck is no end of the phase.
+        """
         made = []
         for row in self.found == toy.PHASES.index("superposition"):
-            outside = (~row).nonzero().flatten().tolist()
-            first = outside[0] if outside else len(row)
-            low = float(self.density[first - 1]) if first else None
-            made.append((low, float(self.density[first]) if outside else None))
+            shared = row.nonzero().flatten().tolist()
+            after = shared[-1] + 1 if shared else 0
+            low = float(self.density[after - 1]) if shared else None
+            made.append((low, float(self.density[after]) if after < len(row) else None))
         return made
 
 

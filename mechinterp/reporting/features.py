@@ -17,9 +17,11 @@ import numpy as np
 from markupsafe import Markup
 
 from mechinterp.files import write_text
+from mechinterp.hooked.sites import Site
 from mechinterp.reporting.page import HERE, _inline, _manifest_rows, _script_json, _token
 from mechinterp.results import plain
-from mechinterp.sae.features import BANDS, Features
+from mechinterp.sae.feature_arrays import BANDS
+from mechinterp.sae.features import Features
 
 SCRIPTS = ("tables.js", "report.js", "features.js")  # one script: each uses those before it
 DIGITS = 3  # significant ones of activations and logits in the page
@@ -51,7 +53,7 @@ def features_page(features: Features, command: str = "") -> str:
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     about = features.about
     return environment.get_template("features.html.jinja").render(
-        title=f"Features of {about['model']}, {' + '.join(about['reads'])}",
+        title=f"Features of {about['model']} at {' + '.join(str(Site.from_hook(name)) for name in about['reads'])}",
         about=about,
         tiles=_tiles(features),
         rows=[_row(data, one) for one in data["features"]],

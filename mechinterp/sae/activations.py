@@ -6,6 +6,7 @@
 All sites of a run come from one pass of the model. Each process reads documents (or shards) of its own.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,6 +102,11 @@ class Source:
         """Continue, bit for bit, where the state was taken."""
         self.buffer.load_state_dict(state)
 
+    def close(self) -> None:
+        """Stop harvesting ahead, so that the process can end; the next batch starts it again."""
+        if isinstance(self.buffer.chunks, Ahead):
+            self.buffer.chunks.close()
+
 
 def open_source(config: TrainConfig, model: HookedModel | None, processes: Processes) -> Source:
     """The source that the settings ask for.
@@ -156,6 +162,15 @@ def text_source(config: TrainConfig) -> Any:
     return config.dataset or config.text or DOCSTRINGS
 
 
+def text_hash(config: TrainConfig) -> str:
+    """sha256 over the text files; empty where the text is not in files."""
+    found = hashlib.sha256()
+    for path in config.text:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest() if config.text else ""
+
+
 def text_name(config: TrainConfig) -> str:
     """Of the source, without folders."""
     return config.dataset or ", ".join(path.name for path in config.text) or DOCSTRINGS
@@ -191,9 +206,12 @@ def _from_text(config: TrainConfig, model: HookedModel, processes: Processes) ->
         text=text_name(config),
     )
     layers = [site.layer for site in sites(replace(config, kind="sae", target=None), model) if site.layer is not None]
+    if len(layers) < len(config.layer):
+        raise UserError(f"layer names one twice, or none: {config.layer} of {config.site} is {layers or 'no layer'}")
     origin = {
         "model weights": metadata.weights_hash,
         "text": metadata.text,
+        "text hash": text_hash(config),
         "sites": [site.hook_name for site in sites(config, model)],
         "exclusion": exclusion.to_json(),
     }
@@ -249,9 +267,8 @@ def _from_store(config: TrainConfig, folder: Path, model: HookedModel | None, pr
     names = list(dict.fromkeys(name for job in made for name in (*job.reads, *job.writes)))
     if model is None and config.model != origin.model:
         raise UserError(f"the store in {folder} is of the model {origin.model}, not {config.model}")
-    store.require(
-        config.model, origin.weights_hash if model is None else model.weights_hash(), names, context=config.context
-    )
+    name, weights = (origin.model, origin.weights_hash) if model is None else (model.info.name, model.weights_hash())
+    store.require(name, weights, names, context=config.context)
     device = processes.device(config.device)
     chunks = store.chunks(config.seed, (processes.rank, processes.size), names)
     held_out = {}

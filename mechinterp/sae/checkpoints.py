@@ -12,17 +12,19 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.results import write_json
+from mechinterp.results import plain, write_json
 from mechinterp.sae.distributed import Processes
 
 State = dict[str, Any]  # flat: tensors and plain values
@@ -53,24 +55,36 @@ class Checkpoints:
         path = self.folder / f"tokens-{tokens:012d}"
         partial = self.folder / f".partial-{path.name}"
         try:
-            if self.processes.first:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                write_part(partial, "training", training)
-            self.processes.wait()
-            write_part(partial, f"source-{self.processes.rank}", source)
-            self.processes.wait()
-            if self.processes.first:
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
+            with self.processes.together(), self._writing(path):
+                if self.processes.first:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                    write_part(partial, "training", training)
+            with self.processes.together(), self._writing(path):
+                write_part(partial, f"source-{self.processes.rank}", source)
+            with self.processes.together(), self._writing(path):
+                if self.processes.first:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.replace(partial, path)
+                    self._remove_old()
+        except UserError:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot write the checkpoint {path}: {_reason(error)}; {self._last_good()}") from error
-        if self.processes.first:
-            for old in self.paths()[: -self.keep]:
-                shutil.rmtree(old)
-        self.processes.wait()
+            raise
         return path
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write the checkpoint {path}: {_reason(error)}; {self._last_good()}") from error
+
+    def _remove_old(self) -> None:
+        for old in self.paths()[: -self.keep]:
+            # Renamed first: what has the name of a checkpoint is whole at every moment.
+            aside = self.folder / f".partial-{old.name}"
+            os.replace(old, aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def paths(self) -> list[Path]:
         """Those that are whole, oldest first."""
@@ -91,10 +105,12 @@ class Checkpoints:
             if n_processes and n_processes != self.processes.size:
                 raise UserError(f"{path} is of {n_processes} processes; this run has {self.processes.size}")
             try:
-                return path, read_part(path, "training"), read_part(path, f"source-{self.processes.rank}")
+                with self.processes.together():  # all go on from the same one
+                    return path, read_part(path, "training"), read_part(path, f"source-{self.processes.rank}")
             except UserError as error:
                 damage.append(str(error))
-                print(f"passed over: {error}", flush=True)
+                if self.processes.first:
+                    print(f"passed over: {error}", flush=True)
         if damage:
             raise UserError(f"no checkpoint in {self.folder} can be read; the newest: {damage[0]}")
         return None
@@ -109,8 +125,8 @@ def write_part(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
     file = folder / f"{name}.safetensors"
     save_file(tensors, file)
-    plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-    write_json(folder / f"{name}.json", {"sha256": _digest(file), "values": plain})
+    values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+    write_json(folder / f"{name}.json", {"sha256": _digest(file), "values": values})
 
 
 def read_part(folder: Path, name: str) -> State:
@@ -130,6 +146,7 @@ def read_part(folder: Path, name: str) -> State:
 def random_states() -> State:
     """Of every generator that code outside of ours may draw from."""
     made: State = {"random.python": json.dumps(random.getstate()), "random.torch": torch.get_rng_state()}
+    made |= {"random.numpy": json.dumps(plain(np.random.get_state(legacy=False)))}  # noqa: NPY002 (of other people's code)
     if torch.cuda.is_available():
         made |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return made
@@ -140,9 +157,12 @@ def set_random_states(state: Mapping[str, Any]) -> None:
     version, numbers, gauss = json.loads(state["random.python"])
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(state["random.torch"])
-    if torch.cuda.is_available():
-        found = [state[name] for name in sorted(state) if name.startswith("random.cuda.")]
-        torch.cuda.set_rng_state_all(found)
+    numpy = json.loads(state["random.numpy"])
+    numpy["state"]["key"] = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy)  # noqa: NPY002
+    for i in range(torch.cuda.device_count()):
+        if f"random.cuda.{i}" in state:
+            torch.cuda.set_rng_state(state[f"random.cuda.{i}"], i)
 
 
 def _digest(path: Path) -> str:

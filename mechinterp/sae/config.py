@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 from mechinterp.errors import UserError
 
@@ -14,6 +15,7 @@ Kind = Literal["sae", "transcoder", "skip-transcoder", "crosscoder"]
 Architecture = Literal["standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"]
 Penalty = Literal["l0", "tanh"]
 Tracker = Literal["none", "trackio", "wandb"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 TOP_K = ("topk", "batchtopk", "matryoshka")
 
 # Per architecture (and penalty), each with the scale of activations that its published constants belong to: mean
@@ -125,7 +127,7 @@ class TrainConfig:
     """Of the autoencoder; CUDA where there is one."""
     model_device: str | None = None
     """Of the model, if it runs on another device; harvest and training then go on at the same time."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Of the model's weights."""
     autocast: bool = False
     """Multiply in bfloat16, on CUDA only."""
@@ -145,9 +147,24 @@ class TrainConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, (Path(value),) if isinstance(value, str | Path) else tuple(value))
         object.__setattr__(self, "text", tuple(Path(one) for one in self.text))
+        self._check_types()
         self._check_sources()
         self._check_shape()
         self._check_numbers()
+
+    def _check_types(self) -> None:
+        """Types and choices: settings come from files and from Python as well as from the command line."""
+        choices = {"kind": Kind, "architecture": Architecture, "penalty": Penalty, "tracker": Tracker, "dtype": Dtype}
+        for name, choice in choices.items():
+            valid, found = get_args(choice), getattr(self, name)
+            _require(found in valid, f"{name} must be one of {', '.join(valid)}; found {found!r}")
+        for one in fields(TrainConfig):
+            types = get_args(one.type) or (one.type,)
+            if set(types) <= {int, float, bool, str, NoneType}:
+                _require_type(one.name, getattr(self, one.name), types)
+        for name, kind in (("layer", int), ("prefixes", float)):
+            for value in getattr(self, name):
+                _require_type(name, value, (kind,))
 
     def _check_sources(self) -> None:
         given = [name for name in ("text", "dataset", "store") if getattr(self, name)]
@@ -167,18 +184,26 @@ class TrainConfig:
         _require(self.architecture == "jumprelu" or self.penalty == "l0", "penalty is for jumprelu")
         for name in ("bandwidth", "threshold", "pre_activation"):
             _require(self.architecture == "jumprelu" or getattr(self, name) is None, f"{name} is for jumprelu")
+        _require(self.penalty == "tanh" or self.pre_activation is None, "pre_activation is for jumprelu's penalty tanh")
         if self.architecture == "matryoshka":
             self.prefix_sizes()
 
     def _check_numbers(self) -> None:
-        for name in ("d_sae", "n_tokens", "batch", "harvest_blocks", "log_every", "eval_tokens", "keep"):
+        for name in ("d_sae", "n_tokens", "batch", "harvest_blocks", "log_every", "keep"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}")
+        _require(self.eval_tokens >= 2, f"eval_tokens must be at least 2, to have a variance; found {self.eval_tokens}")
         for name in ("eval_every", "checkpoint_every", "k_aux", "dead_after"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must be at least 0; found {value}")
-        for name in ("sparsity", "bandwidth", "threshold", "learning_rate", "outlier", "clip"):
+        for name in ("sparsity", "bandwidth", "threshold", "learning_rate", "clip"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"{name} must be above 0 and finite; found {value}")
+        for name in ("aux", "pre_activation"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < math.inf, f"{name} must be at least 0 and finite; found {value}")
+        outlier = self.outlier
+        _require(outlier is None or 1 < outlier < math.inf, f"outlier must be above 1 and finite; found {outlier}")
+        _require(0 <= self.seed < 2**32, f"seed must be 0 … 2^32 - 1; found {self.seed}")
         for name in ("warm_up", "decay", "sparsity_warm_up"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, f"{name} is a share of the steps, 0 … 1; found {value}")
@@ -253,9 +278,10 @@ class TrainConfig:
         """From plain values. Raises UserError for unknown keys, or values that are not valid."""
         unknown = sorted(set(values) - {one.name for one in fields(cls)})
         _require(not unknown, f"unknown settings of a training run: {', '.join(unknown)}")
-        given = dict(values)
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         for name in ("store", "out"):
             given[name] = None if given.get(name) is None else Path(given[name])
+        given["text"] = tuple(Path(one) for one in given.get("text", ()))
         return cls(**given)
 
     @property
@@ -276,6 +302,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _require_type(name: str, value: Any, types: tuple[Any, ...]) -> None:
+    accepted = types + ((int,) if float in types else ())
+    words = " or ".join("None" if one is NoneType else one.__name__ for one in types)
+    _require(type(value) in accepted, f"{name} must be {words}; found {value!r}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -5,7 +5,10 @@ gloo on the CPU. What is of the whole batch (its mean and variance, BatchTopK's 
 summed or gathered over all processes, so that N of them take the step that one would take on the same batch.
 """
 
+import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +36,13 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local < torch.cuda.device_count():
+                torch.cuda.set_device(local)
+            # Both: what is on the CPU (reports of failures, a run with device="cpu") goes by gloo.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            # At the end of the process, not of a run: there may be more runs, and a group cannot be joined twice.
+            atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -48,10 +57,10 @@ class Processes:
         if asked == "cuda" and self.size > 1:
             asked = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
         try:
-            torch.empty(0, device=asked)
+            # Of a tensor, so that it has a number and compares as equal with the model's.
+            return torch.empty(0, device=asked).device
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"no device {asked!r} here: {str(error).splitlines()[0]}") from None
-        return torch.device(asked)
 
     def share(self, batch: int) -> int:
         """Rows of a batch that this process takes. Raises UserError where it cannot be divided."""
@@ -81,6 +90,8 @@ class Processes:
         counts[self.rank] = len(values)
         dist.all_reduce(counts)
         longest = int(counts.max())
+        if not longest:
+            return values
         mine = torch.nn.functional.pad(values, (0, longest - len(values)))
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine)
@@ -91,8 +102,35 @@ class Processes:
         if self.size > 1:
             dist.barrier()
 
+    def agree(self, failure: UserError | None = None) -> None:
+        """Wait for all processes. If one of them has failed, all raise what it raises."""
+        if self.size > 1:
+            told: list[str | None] = [None] * self.size
+            dist.all_gather_object(told, None if failure is None else str(failure))
+            failure = failure or next((UserError(one) for one in told if one is not None), None)
+        if failure is not None:
+            raise failure
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A part of the work that all must get through: a UserError in one process is raised in all.
+
+        Where only one process writes, it may fail alone, and the others would wait for it in the next sum.
+        """
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        self.agree(failure)
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The first process's values, in place."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
         return tensor
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

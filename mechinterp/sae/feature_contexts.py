@@ -3,9 +3,9 @@
 Nothing here grows with the text but the counts by document and by token. A `Batch` holds the activations of the chosen
 features on some blocks; each of the collectors below takes what it needs of it and lets it go.
 
-- `Top`: the blocks of largest activation, at most one a document. Exact: every block's peak is compared with those kept.
-- `Draw`: every (feature, position) that is on gets a random key, and the least keys stay: a uniform sample without
-  replacement, of a stream whose length is not known before (Vitter 1985 calls this a reservoir).
+- `Top`: the blocks of largest activation, at most one a document. Exact: the peak of every block is compared.
+- `Draw`: every (feature, position) that is on gets a random key, and the largest keys stay: a uniform sample without
+  replacement of a stream whose length is not known before (Vitter 1985 calls it a reservoir).
 - `Counts`: positions on by document, activation by token, a histogram, sums and maxima.
 """
 
@@ -64,7 +64,7 @@ class Window:
         return torch.arange(-self.before, self.after + 1)
 
     def cut(self, batch: Batch, block: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (−1 beyond the block) and activations (NaN beyond it and where excluded) `[feature context offset]`.
+        """Token ids and activations `[feature context offset]`: −1 and NaN beyond the block, NaN where excluded.
 
         Args:
             batch: what to cut from.

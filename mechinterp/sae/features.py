@@ -14,7 +14,7 @@ Three things for a sceptic, each beside its null:
 Bricken et al. 2023, "Towards Monosemanticity"; the quantiles after Bills et al. 2023.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,16 @@ from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance
 from mechinterp.hooked.model import HookedModel
 from mechinterp.results import Result, plain
+from mechinterp.sae import feature_arrays
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.feature_contexts import LOWEST, PER_OCTAVE, Contexts, Counts, Window
+from mechinterp.sae.feature_arrays import Arrays
+from mechinterp.sae.feature_contexts import LOWEST, PER_OCTAVE, Window
 from mechinterp.sae.feature_logits import logit_effects, refusal
 from mechinterp.sae.feature_pass import Collected, choose, collect, sites_of
-from mechinterp.statistics import bootstrap_ratio
 from mechinterp.text import Blocks
 
 N_FEATURES = 100
-BANDS = 4
-N_TOKENS = 5  # of each feature's most frequent tokens
-N_LOGITS, N_NEIGHBOURS = 10, 6
-CLUSTERS = 1000  # documents, or groups of them, that are resampled
-NULL_DRAWS, NULL_LARGEST = 4, 4096
+N_LOGITS = 10  # tokens promoted, and as many suppressed
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,7 +67,7 @@ class Features(Result):
 
     def words(self, name: str, feature: int, n: int = 3) -> list[str]:
         """The first tokens of an array over `feature` and one more axis, as text."""
-        return [self.word(one) for one in self.data[name].sel(feature=feature).values[:n].tolist() if one >= 0]
+        return [self.word(one) for one in self._row(feature)[name][:n].tolist() if one >= 0]
 
     def to_frame(self) -> pd.DataFrame:
         """One row a feature."""
@@ -85,26 +82,27 @@ class Features(Result):
         """The first features, in short."""
         names = ["feature", "density", "density_low", "density_high", "mean", "largest", "tokens", "promotes"]
         frame = self.to_frame()
-        return frame[[name for name in names if name in frame]].head(n)
+        return frame.loc[:, [name for name in names if name in frame]].head(n)
 
     def contexts(self, feature: int, kind: str = "context") -> list[dict[str, Any]]:
-        """Contexts ("context") or random examples ("example") of a feature, as plain values."""
-        one = self.data.sel(feature=feature)
-        found = []
-        for i in range(one.sizes[kind]):
-            if int(one[f"{kind}_document"][i]) < 0:
-                continue
-            tokens = one[f"{kind}_token"].values[i]
-            real = tokens >= 0
-            row = {
-                name: one[f"{kind}_{name}"].values[i].item() for name in ("peak", "document", "block", "position")
-            } | {
-                "tokens": [self.word(token) for token in tokens[real].tolist()],
-                "activations": plain(one[f"{kind}_activation"].values[i][real]),
-                "at": int((one["offset"].values[real] < 0).sum()),
-            }
-            found.append(row | ({"band": int(one["example_band"][i])} if kind == "example" else {}))
+        """Contexts ("context") or random examples ("example") of a feature, as plain values: peak, document, block,
+        position, tokens, activations (None where excluded), the peak's place `at` among them, and an example's band."""
+        row, offsets, found = self._row(feature), self.data["offset"].values, []
+        names = ["peak", "document", "block", "position", *(["band"] if kind == "example" else [])]
+        for i in np.flatnonzero(row[f"{kind}_document"] >= 0):
+            real = row[f"{kind}_token"][i] >= 0
+            one = {name: plain(row[f"{kind}_{name}"][i]) for name in names}
+            one["tokens"] = [self.word(token) for token in row[f"{kind}_token"][i][real].tolist()]
+            one["activations"] = plain(row[f"{kind}_activation"][i][real])
+            found.append(one | {"at": int((offsets[real] < 0).sum())})
         return found
+
+    def _row(self, feature: int) -> dict[str, np.ndarray]:
+        """Every array at one feature. Raises UserError where it is not described."""
+        places = np.flatnonzero(self.data["feature"].values == feature)
+        if not len(places):
+            raise UserError(f"feature {feature} is not among the {self.data.sizes['feature']} that are described")
+        return {str(name): np.asarray(one.values[places[0]]) for name, one in self.data.data_vars.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, one mapping a feature; undefined is None."""
@@ -113,24 +111,17 @@ class Features(Result):
 
     def one(self, feature: int) -> dict[str, Any]:
         """All of one feature as plain values. Raises UserError where it is not described."""
-        if feature not in self.data["feature"].values:
-            raise UserError(f"feature {feature} is not among the {self.data.sizes['feature']} that are described")
-        row = self.data.sel(feature=feature)
-        made: dict[str, Any] = {"feature": feature}
-        made |= {str(name): plain(value) for name, value in row.data_vars.items() if not value.dims}
-        made["tokens"] = [
-            {"token": self.word(token), "share": share, "rate": rate}
-            for token, share, rate in zip(
-                *(plain(row[name]) for name in ("on_for", "on_for_share", "on_for_rate")), strict=True
-            )
-            if token >= 0
-        ]
-        counts, edges = plain(row["histogram"]), plain(row["bin"])
-        made["histogram"] = [[edge, count] for edge, count in zip(edges, counts, strict=True) if count]
+        row = self._row(feature)
+        value = {name: plain(array) for name, array in row.items() if array.ndim < 2}
+        made = {"feature": feature} | {name: value[name] for name, array in row.items() if not array.ndim}
+        tokens = zip(value["on_for"], value["on_for_share"], value["on_for_rate"], strict=True)
+        made["tokens"] = [{"token": self.word(t), "share": share, "rate": rate} for t, share, rate in tokens if t >= 0]
+        bins = zip(plain(self.data["bin"]), value["histogram"], strict=True)
+        made["histogram"] = [[edge, count] for edge, count in bins if count]
         for name in ("promoted", "suppressed") if "promoted" in row else ():
-            pairs = zip(plain(row[name]), plain(row[f"{name}_logit"]), strict=True)
+            pairs = zip(value[name], value[f"{name}_logit"], strict=True)
             made[name] = [{"token": self.word(token), "logit": logit} for token, logit in pairs]
-        pairs = zip(plain(row["near"]), plain(row["near_cosine"]), strict=True)
+        pairs = zip(value["near"], value["near_cosine"], strict=True)
         made["neighbours"] = [{"feature": number, "cosine": cosine} for number, cosine in pairs]
         return made | {"contexts": self.contexts(feature), "examples": self.contexts(feature, "example")}
 
@@ -185,10 +176,12 @@ def describe(
     found = collect(model, sae, text, choice, n_contexts, Window.of(window), seed)
     places = found.wanted()
     numbers = choice.features[places]
-    arrays = _sums(found.counts, places, seed) | _tokens(found.counts, places, seed)
+    arrays = feature_arrays.sums(found.counts, places, seed) | feature_arrays.tokens(found.counts, places, seed)
     arrays["drawn"] = ("feature", (places >= choice.n_largest).numpy())
-    arrays |= _placed(found.top, "context", places, None) | _examples(found, places, n_examples)
-    arrays |= _geometry(sae, numbers)
+    arrays |= feature_arrays.placed(found.top, "context", places, None) | feature_arrays.examples(
+        found, places, n_examples
+    )
+    arrays |= feature_arrays.geometry(sae, numbers)
     no_logits = refusal(sae)
     if not no_logits:
         arrays |= _logits(model, sae, numbers, torch.from_numpy(arrays["mean"][1]), text, seed)
@@ -199,120 +192,6 @@ def describe(
     }
     data = xr.Dataset(arrays, coords=coords)
     return Features(data, _about(model, sae, text, found, seed, no_logits) | {"vocabulary": _vocabulary(model, data)})
-
-
-Arrays = dict[str, tuple[Any, np.ndarray]]
-
-
-def _sums(counts: Counts, places: Tensor, seed: int) -> Arrays:
-    """Density with its interval, means, maxima, the histogram."""
-    on, kept = counts.on[places], counts.kept
-    n_on = on.sum(1)
-    group = torch.arange(len(kept)) * min(CLUSTERS, len(kept)) // len(kept)
-    grouped = torch.zeros(len(places), int(group.max()) + 1, dtype=torch.long).index_add_(1, group, on)
-    size = torch.zeros(grouped.shape[1], dtype=torch.long).index_add_(0, group, kept)
-    interval = bootstrap_ratio(grouped.numpy(), size.numpy(), seed=seed)
-    return {
-        "density": ("feature", (n_on / kept.sum()).double().numpy()),
-        "density_low": ("feature", interval.low),
-        "density_high": ("feature", interval.high),
-        "n_on": ("feature", n_on.numpy()),
-        "n_documents": ("feature", (on > 0).sum(1).numpy()),
-        "mean": ("feature", (counts.total[places] / n_on).numpy()),
-        "largest": ("feature", torch.where(n_on > 0, counts.largest[places], torch.nan).numpy()),
-        "histogram": (("feature", "bin"), counts.histogram[places].numpy()),
-    }
-
-
-def _tokens(counts: Counts, places: Tensor, seed: int) -> Arrays:
-    """Tokens by their share of the activation, and the largest share of a random feature."""
-    token = np.full((len(places), N_TOKENS), -1)
-    share, rate = np.full(token.shape, np.nan), np.full(token.shape, np.nan)
-    null, rng = np.full(len(places), np.nan), np.random.default_rng(seed)
-    cumulative = counts.occurrences.double().cumsum(0).numpy()
-    for row, place in enumerate(places.tolist()):
-        ids, mass, n_on = (one.numpy() for one in counts.by_token(place))
-        n = min(N_TOKENS, len(ids))
-        if n:
-            token[row, :n], share[row, :n] = ids[:n], mass[:n] / mass.sum()
-            rate[row, :n] = n_on[:n] / counts.occurrences[ids[:n]].numpy()
-            null[row] = _largest_share(int(n_on.sum()), counts.histogram[place].numpy(), cumulative, rng)
-    return {
-        "on_for": (("feature", "token"), token),
-        "on_for_share": (("feature", "token"), share),
-        "on_for_rate": (("feature", "token"), rate),
-        "random_token_share": ("feature", null),
-    }
-
-
-def _largest_share(n: int, histogram: np.ndarray, cumulative: np.ndarray, rng: np.random.Generator) -> float:
-    """The most frequent token's share of the activation of a feature with such activations at random positions.
-
-    The mean over some draws. A feature that is on very often is drawn as if it were on `NULL_LARGEST` times: the share
-    is then the token's frequency already.
-    """
-    n, shares = min(n, NULL_LARGEST), []
-    for _ in range(NULL_DRAWS):
-        tokens = np.searchsorted(cumulative, rng.random(n) * cumulative[-1], side="right")
-        bins = rng.choice(len(histogram), size=n, p=histogram / histogram.sum())
-        values = 2.0 ** (bins / PER_OCTAVE)
-        shares.append(np.bincount(np.unique(tokens, return_inverse=True)[1], values).max() / values.sum())
-    return float(np.mean(shares))
-
-
-def _placed(found: Contexts, kind: str, places: Tensor, order: Tensor | None) -> Arrays:
-    """Contexts of the features at `places`, in an order `[feature n]` (−1: none) or as they are."""
-    made: Arrays = {}
-    for name in ("peak", "document", "block", "position", "token", "activation"):
-        field, score = found.fields[name][places], found.fields["score"][places]
-        empty = score == -torch.inf
-        if order is not None:
-            rows = torch.arange(len(field))[:, None]
-            field, empty = field[rows, order], (order < 0) | empty[rows, order]
-        blank = torch.nan if field.is_floating_point() else -1
-        field = field.masked_fill(empty[..., None] if field.ndim == 3 else empty, blank)
-        made[f"{kind}_{name}"] = (("feature", kind, "offset")[: field.ndim], field.numpy())
-    return made
-
-
-def _examples(found: Collected, places: Tensor, n: int) -> Arrays:
-    """n random contexts of each quarter of the activations, the largest quarter first, by falling activation in it."""
-    score, peak = (found.draw.fields[name][places] for name in ("score", "peak"))
-    order = torch.full((len(places), BANDS * n), -1)
-    for row in range(len(places)):
-        there = (score[row] > -torch.inf).nonzero().flatten()
-        ranked = there[peak[row, there].sort(stable=True).indices]
-        for band in range(BANDS):
-            inside = ranked[len(ranked) * band // BANDS : len(ranked) * (band + 1) // BANDS]
-            chosen = inside[score[row, inside].sort(descending=True, stable=True).indices[:n]]
-            chosen = chosen[peak[row, chosen].sort(descending=True, stable=True).indices]
-            start = (BANDS - 1 - band) * n
-            order[row, start : start + len(chosen)] = chosen
-    band = np.arange(BANDS)[::-1].repeat(n)
-    made = _placed(found.draw, "example", places, order)
-    return made | {"example_band": (("feature", "example"), np.tile(band, (len(places), 1)))}
-
-
-@torch.no_grad()
-def _geometry(sae: SparseAutoencoder, numbers: Tensor) -> Arrays:
-    """Nearest decoder directions, encoder–decoder cosine, norms."""
-    rows = sae.W_dec.float()
-    norms = rows.norm(dim=1).cpu()
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    mine = unit[numbers.to(unit.device)]
-    cosine = mine @ unit.T
-    cosine[torch.arange(len(numbers)), numbers.to(unit.device)] = -torch.inf
-    best = cosine.topk(min(N_NEIGHBOURS, len(rows) - 1), dim=1)
-    same = not sae.transcodes and (not sae.metadata.writes or sae.metadata.writes == sae.metadata.reads)
-    encoder = torch.full((len(numbers),), torch.nan)
-    if same:
-        encoder = torch.nn.functional.cosine_similarity(sae.W_enc.float()[numbers.to(unit.device)], mine).cpu()
-    return {
-        "encoder_cosine": ("feature", encoder.numpy()),
-        "decoder_norm": ("feature", norms[numbers].numpy()),
-        "near": (("feature", "neighbour"), best.indices.cpu().numpy()),
-        "near_cosine": (("feature", "neighbour"), best.values.cpu().numpy()),
-    }
 
 
 @torch.no_grad()
@@ -339,7 +218,7 @@ def _vocabulary(model: HookedModel, data: xr.Dataset) -> dict[str, str]:
 
 def _about(
     model: HookedModel, sae: SparseAutoencoder, text: Blocks, found: Collected, seed: int, no_logits: str
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     never, drawn = found.never_on()
     config, metadata = sae.config, sae.metadata
     return provenance(model) | {

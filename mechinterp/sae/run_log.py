@@ -22,8 +22,10 @@ class RunLog:
         """Lines after `tokens`, of a session that died, are dropped: they will be written again."""
         self.path = folder / "log.jsonl"
         kept = [line for line in _lines(self.path) if line["tokens"] <= tokens]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        try:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         self._tracker = _start_tracker(config, folder)
         self._bar = tqdm(
             total=config.n_steps * config.batch, initial=tokens, unit="token", unit_scale=True, desc="training",
@@ -37,8 +39,11 @@ class RunLog:
     def write(self, step: int, tokens: int, values: Mapping[str, Any]) -> None:
         """One line."""
         line = plain({"step": step, "tokens": tokens, **values})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         if self._tracker is not None:
             self._tracker.log(dict(line), step=step)
         shown = {name: values[name] for name in SHOWN if isinstance(values.get(name), float)}

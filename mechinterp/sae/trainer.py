@@ -30,7 +30,7 @@ class Trainer:
         scales: `[site]` factors of what is read and of what is reconstructed.
         steps: done.
         since_fired: `[feature]` tokens since each feature fired.
-        broken: the first step whose loss was not finite; 0 if there was none.
+        broken: the first step whose loss or gradient was not finite; 0 if there was none.
     """
 
     def __init__(
@@ -75,10 +75,14 @@ class Trainer:
         output.loss.backward()
         self._gather_gradients()
         self.sae.project_gradient()
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
         self.optimizer.step()
         self.sae.renormalise()
         self._count(y, output, objective)
+        # Of the gradient as well: it is of all processes, and the weights of this step are made of it. The result
+        # stays on the device: to look at it in every step would wait for the step.
+        bad = (self.broken == 0) & ~torch.isfinite(output.loss.detach() + norm)
+        self.broken = torch.where(bad, self.steps, self.broken)
 
     def scaled(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """What is read and what is reconstructed, in the units of training."""
@@ -137,9 +141,6 @@ class Trainer:
         for name, value in found.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._counted += 1
-        # Stays on the device: to look at it in every step would wait for the step.
-        bad = (self.broken == 0) & ~torch.isfinite(output.loss.detach())
-        self.broken = torch.where(bad, self.steps, self.broken)
 
     # What a log says
 

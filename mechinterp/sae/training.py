@@ -13,6 +13,8 @@ The folder: `config.json`, `manifest.json`, `log.jsonl`, `checkpoints/`, and at 
 """
 
 import json
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +37,7 @@ from mechinterp.sae.run_log import RunLog
 from mechinterp.sae.trainer import Trainer
 
 SAMPLE = 65_536  # tokens that the scale and the start of b_dec are taken from
+Found = tuple[Path, dict[str, Any], dict[str, Any]]  # a checkpoint, and its two states
 # What a resumed run may have otherwise than its checkpoint: none of it changes a weight.
 FREE = ("out", "log_every", "checkpoint_every", "keep", "tracker", "project", "run_name")
 
@@ -83,43 +86,81 @@ def train(
             other settings, a loss that is not finite, a disk that is full.
     """
     processes = Processes.started()
-    folder = config.folder
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep, processes)
-    found = _found(folder, checkpoints, resume)
     if config.autocast and processes.device(config.device).type != "cuda":
         raise UserError("autocast is for CUDA: elsewhere bfloat16 is slower than float32")
-    source = source or open_source(config, model, processes)
-    if found is not None:
-        _require_same(found[0], found[1], config, source)
-        source.load_state_dict(found[2])
-        set_random_states(found[2])
+    checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, processes)
+    found = _found(config, checkpoints, resume)
+    with processes.together():
+        _make_folder(config.folder)
+    with processes.together():
+        source = source or open_source(config, model, processes)
+    try:
+        return _resumed(config, source, checkpoints, processes, found).to_the_end(progress)
+    finally:
+        source.close()
+
+
+def _resumed(
+    config: TrainConfig, source: Source, checkpoints: Checkpoints, processes: Processes, found: Found | None
+) -> "_Run":
+    """The run at its start, or where the checkpoint was written."""
+    if found is None:
+        return _Run(config, source, _trainers(config, source, processes), checkpoints, processes)
+    path, training, reading = found
+    _require_same(path, training, config, source)
+    source.load_state_dict(reading)
+    set_random_states(reading)
     trainers = _trainers(config, source, processes)
-    if found is not None:
-        for name, trainer in trainers.items():
-            trainer.load_state_dict(_under(f"{name}/", found[1]))
-    run = _Run(config, source, trainers, checkpoints, processes, found[1]["tokens"] if found else 0)
-    return run.to_the_end(progress)
+    for name, trainer in trainers.items():
+        trainer.load_state_dict(_under(f"{name}/", training))
+    return _Run(config, source, trainers, checkpoints, processes, training["tokens"], training["seconds"])
 
 
-def _found(folder: Path, checkpoints: Checkpoints, resume: bool) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+def _found(config: TrainConfig, checkpoints: Checkpoints, resume: bool) -> Found | None:
     """The checkpoint to go on from."""
-    if resume:
-        return checkpoints.newest()
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder} holds a run already: --resume (resume=True) continues it, or take another folder")
-    return None
+    settings = config.folder / "config.json"
+    found = checkpoints.newest() if resume else None
+    if found is None and settings.exists():
+        if not resume:
+            raise UserError(
+                f"{config.folder} holds a run already: --resume (resume=True) continues it, or take another folder"
+            )
+        # It will begin anew, and so must not write over another run.
+        asked = {name: value for name, value in config.to_json().items() if value is not None}
+        _require_settings(f"{config.folder} holds a run without a checkpoint", _read(settings), asked)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Before hours of work rather than after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write a run into {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write a run into {folder}: Permission denied")
 
 
 def _require_same(path: Path, state: Mapping[str, Any], config: TrainConfig, source: Source) -> None:
     """Raise UserError naming what the checkpoint was made with and these settings are not."""
-    before, now_ = state["config"], config.to_json()
-    differ = [name for name in now_ if name not in FREE and before.get(name) != now_[name]]
-    if differ:
-        shown = ", ".join(f"{name} {before.get(name)!r}, not {now_[name]!r}" for name in differ)
-        raise UserError(f"{path} is a checkpoint of other settings: {shown}")
+    _require_settings(f"{path} is a checkpoint", state["config"], config.to_json())
     if state["origin"] != source.origin:
         other = [name for name in source.origin if state["origin"].get(name) != source.origin[name]]
         raise UserError(f"{path} is a checkpoint of another {', '.join(other)}")
+
+
+def _require_settings(what: str, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    differ = [name for name in asked if name not in FREE and before.get(name) != asked[name]]
+    if differ:
+        shown = ", ".join(f"{name} {before.get(name)!r}, not {asked[name]!r}" for name in differ)
+        raise UserError(f"{what} of other settings: {shown}")
 
 
 def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +171,7 @@ def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trainers(config: TrainConfig, source: Source, processes: Processes) -> dict[str, Trainer]:
-    """A trainer for every autoencoder, at its start. The sample is the same in every process: the first one's."""
+    """A trainer for every autoencoder, at its start: the same in every process."""
     sample = source.sample(min(SAMPLE, config.buffer))
     return {job.name: _trainer(config, job, sample, processes) for job in source.jobs}
 
@@ -187,12 +228,19 @@ class _Run:
         trainers: Mapping[str, Trainer],
         checkpoints: Checkpoints,
         processes: Processes,
-        tokens: int,
+        tokens: int = 0,
+        seconds: float = 0.0,
     ):
         self.config, self.source, self.trainers = config, source, trainers
         self.settings = next(iter(trainers.values())).config
         self.checkpoints, self.processes, self.tokens = checkpoints, processes, tokens
         self.folder = config.folder
+        self._before, self._opened = seconds, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, without what was lost when a session was killed."""
+        return round(self._before + time.monotonic() - self._opened, 3)
 
     @property
     def step(self) -> int:
@@ -200,9 +248,12 @@ class _Run:
 
     def to_the_end(self, progress: bool) -> TrainedRun:
         """Train, export, and say that it is finished."""
-        manifest = self._begin()
-        log = RunLog(self.folder, self.config, self.tokens, progress) if self.processes.first else None
+        log = None
         try:
+            with self.processes.together():
+                manifest = self._begin()
+                if self.processes.first:
+                    log = RunLog(self.folder, self.config, self.tokens, progress)
             while self.step < self.config.n_steps:
                 self._advance(log)
             self._require_finite()
@@ -216,7 +267,6 @@ class _Run:
         if not self.processes.first:
             return {}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             before = json.loads((self.folder / "manifest.json").read_text()) if self.step else {}
             manifest, _ = start_manifest(self.folder, "sae", self.config, self.source.origin, before)
             write_json(self.folder / "config.json", self.settings.to_json())
@@ -255,7 +305,7 @@ class _Run:
             self._require_finite()
             values |= self._named({name: trainer.averages() for name, trainer in self.trainers.items()})
             values |= self.source.counts()
-        if self._due(self.settings.eval_every) or (last and self.settings.eval_every):
+        if len(self.source.held_out) and (self._due(self.settings.eval_every) or (last and self.settings.eval_every)):
             values |= {f"held_out_{name}": value for name, value in self._named(self._held_out()).items()}
         if values and log is not None:
             log.write(self.step, self.tokens, values)
@@ -275,8 +325,9 @@ class _Run:
 
     def _require_finite(self) -> None:
         for name, trainer in self.trainers.items():
-            step = int(trainer.broken)
-            if step:
+            steps = self.processes.gather(trainer.broken[None])  # a loss may be finite in other processes
+            if steps.any():
+                step = int(steps[steps > 0].min())
                 whole = self.checkpoints.paths()
                 kept = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint"
                 raise UserError(
@@ -286,6 +337,7 @@ class _Run:
     def _checkpoint(self) -> None:
         training: dict[str, Any] = {
             "tokens": self.tokens,
+            "seconds": self.seconds,
             "config": self.config.to_json(),
             "origin": dict(self.source.origin),
         }
@@ -299,15 +351,23 @@ class _Run:
         held_out = self._held_out() if len(self.source.held_out) else {}
         density = self._densities()
         saes = {name: self._exported(name) for name in self.trainers}
-        if self.processes.first:
-            for name, sae in saes.items():
-                found = density.get(name)
-                sparsity = None if found is None else found.log10().clamp_min(-10)  # SAELens's log of 0
-                formats.save(sae, self.folder / "sae" / (name if len(saes) > 1 else ""), sparsity)
-            manifest |= {"finished": now(), "peak_memory_bytes": peak_memory_bytes()}
-            write_json(self.folder / "manifest.json", manifest)
-        self.processes.wait()
+        with self.processes.together():
+            if self.processes.first:
+                self._write(saes, density, manifest)
         return TrainedRun(self.folder, saes, held_out)
+
+    def _write(
+        self, saes: Mapping[str, SparseAutoencoder], density: Mapping[str, Tensor], manifest: dict[str, Any]
+    ) -> None:
+        for name, sae in saes.items():
+            found = density.get(name)
+            sparsity = None if found is None else found.log10().clamp_min(-10)  # SAELens's log of 0
+            formats.save(sae, self.folder / "sae" / (name if len(saes) > 1 else ""), sparsity)
+        manifest |= {"finished": now(), "seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes()}
+        try:
+            write_json(self.folder / "manifest.json", manifest)
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder / 'manifest.json'}: {error.strerror}") from error
 
     def _exported(self, name: str) -> SparseAutoencoder:
         """The autoencoder for raw activations; this is the end of its training."""

@@ -230,7 +230,7 @@ def test_excluded_tokens_are_struck_out(tab, features):
 def test_tokens_stay_text_and_blanks_are_seen(tab, page):
     assert tab.locator("script").count() == 3
     texts = set()
-    for number in range(0, 20):
+    for number in range(20):
         tab.goto(f"{page.as_uri()}#feature-{number}")
         texts |= set(tab.locator(".t").all_inner_texts())
     assert {HOSTILE.replace(" ", "·"), "↵", "·the", "∅", "<b>", "\\x07", "·"} <= texts

@@ -10,10 +10,10 @@ from mechinterp.errors import UserError
 from mechinterp.hooked.interventions import Patch
 from mechinterp.hooked.sites import Site
 from mechinterp.metrics import LogitDiff
-from mechinterp.sae import attribution
 from mechinterp.sae.attribution import attribute
 from mechinterp.sae.exclusion import Exclusion
 from mechinterp.sae.feature_effects import ERROR, FeatureEffects, rank_correlation
+from mechinterp.sae.spliced_run import SplicedRun
 from tests.checks import checks_off
 from tests.families import full_logits, model, pairs
 from tests.sae.tiny import RESID, by_hand, kept_by_hand, tiny_sae
@@ -150,7 +150,7 @@ def test_parts_of_the_prompts_are_the_whole(monkeypatch):
     task = pairs(of, True)
     sae = tiny_sae(of, RESID, architecture="jumprelu")
     whole = attribute(of, task, sae, force=True)
-    monkeypatch.setattr(attribution._Run, "_rows_per_call", property(lambda run: 3))
+    monkeypatch.setattr(SplicedRun, "_rows_per_call", property(lambda run: 3))
     parts = attribute(of, task, sae, force=True)
     for name in ("change", "base", "source", "exact_change", "feature"):
         np.testing.assert_allclose(parts.data[name], whole.data[name], atol=1e-4, rtol=1e-3)

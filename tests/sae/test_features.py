@@ -289,6 +289,8 @@ def test_saved_and_shown(tmp_path):
     assert repr(again) == repr(found) and "<table" in found._repr_html_()
     assert len(found.top(3)) == 3 and {"feature", "density", "tokens", "promotes"} <= set(found.top(3).columns)
     assert "10 of 64 features" in found.summary()
+    with pytest.raises(UserError, match="feature 99 is not among the 10"):
+        found.one(99)
     json.dumps(found.to_json(), allow_nan=False)
 
 
