@@ -34,7 +34,7 @@ def run_id(experiment: str, config: Any, inputs: Mapping[str, str]) -> str:
 
 
 def start_manifest(
-    path: Path, experiment: str, config: Any, inputs: Mapping[str, str], before: Mapping[str, Any]
+    path: Path, experiment: str, config: Any, inputs: Mapping[str, Any], before: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str]:
     """The manifest at the start of a session, and the uncommitted diff.
 

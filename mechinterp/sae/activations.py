@@ -280,7 +280,7 @@ def _from_store(config: TrainConfig, folder: Path, model: HookedModel | None, pr
         made,
         ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
         held_out,
-        {"store": [shard.sha256 for shard in store.manifest.shards], "sites": names},
+        {"store": store.manifest.digest, "sites": names},
     )
 
 
@@ -289,7 +289,7 @@ def _from_store(config: TrainConfig, folder: Path, model: HookedModel | None, pr
 
 def synthetic_source(dictionary: KnownDictionary, config: TrainConfig, processes: Processes | None = None) -> Source:
     """Activations whose features are known, in the place of a model's; one site, "toy"."""
-    processes = processes or Processes()
+    processes = processes or Processes.started()
     device = processes.device(config.device)
     # Streams of their own for every process, and for what is held out.
     chunks = dictionary.chunks(seed=1 + config.seed * 1_000 + processes.rank)

@@ -8,7 +8,7 @@ A loss term is a sum over the rows at hand, divided by the number of rows (or th
 processes, so that the gradients of processes add up.
 """
 
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -115,22 +115,28 @@ class TopK(SparseAutoencoder):
     def activate(self, encoded: Encoded, objective: Objective | None) -> Tensor:
         return encoded.values.relu()
 
+    def watched(self, objective: Objective | None) -> Tensor | None:
+        if objective is None or objective.dead is None or not len(objective.dead) or not objective.k_aux:
+            return None
+        return objective.dead
+
     def train_on(
         self, x: Tensor, y: Tensor, encoded: Encoded, codes: Codes, objective: Objective
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        made = self.decode(codes, x)
+        if encoded.also is None:
+            made = self.decode(codes, x)
+            return made, {"fvu": (y - made).square().sum() / objective.variance}
+        assert objective.dead is not None
+        dead = _largest(encoded.also.relu(), objective.k_aux)
+        made, revived = codes.selection.decode_with(codes.values, self.W_dec, objective.dead, dead)
+        made = self.with_biases(made, x)
         losses = {"fvu": (y - made).square().sum() / objective.variance}
-        return made, losses | self.revive(x, y - made.detach(), encoded.pre, objective)
+        return made, losses | {"auxk": _auxk(y - made.detach() - revived, objective)}
 
-    def revive(self, x: Tensor, missed: Tensor, pre: Tensor, objective: Objective) -> dict[str, Tensor]:
-        """AuxK: what was missed `[batch d_out]`, reconstructed from dead features; in units of the variance."""
-        dead = objective.dead
-        if dead is None or not len(dead) or not objective.k_aux:
-            return {}
-        values = _DeadPre.apply(x, self.b_dec if self.config.centred else None, self.W_enc, self.b_enc, pre, dead)
-        values = _largest(values.relu(), objective.k_aux)  # type: ignore[union-attr]
-        made = values @ self.W_dec.index_select(0, dead)
-        return {"auxk": objective.aux * (missed - made).square().sum() / objective.variance}
+
+def _auxk(left: Tensor, objective: Objective) -> Tensor:
+    """The loss of what dead features, too, left over `[batch d_out]` of the error."""
+    return objective.aux * left.square().sum() / objective.variance
 
 
 class BatchTopK(TopK):
@@ -153,7 +159,7 @@ class BatchTopK(TopK):
 
     def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
         if objective is None:
-            return _never_none(pre, self.threshold)
+            return _never_none(pre, self.threshold.detach())
         assert self.config.k is not None
         entries, smallest = kernels.batch_top_k(
             pre, self.config.k * objective.n, float(self.threshold), objective.gather
@@ -177,16 +183,19 @@ class Matryoshka(BatchTopK):
     def train_on(
         self, x: Tensor, y: Tensor, encoded: Encoded, codes: Codes, objective: Objective
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        none = Codes(*codes.selection.between(codes.values, 0, 0))
-        made = self.decode(none, x)
-        errors, low = [], 0
-        for high in self.config.prefixes:
+        spans = [0, *self.config.prefixes]
+        # One split, for its gradient is one table; a slice for each prefix would make as many tables of full size.
+        parts = self.W_dec.split([high - low for low, high in pairwise(spans)])
+        made, errors = self.with_biases(torch.zeros_like(y), x), []
+        for rows, (low, high) in zip(parts, pairwise(spans), strict=True):
             values, selection = codes.selection.between(codes.values, low, high)
-            made = made + selection.decode(values, self.W_dec)
+            made = made + selection.decode(values, rows)
             errors.append((y - made).square().sum() / objective.variance)
-            low = high
         losses = {"fvu": torch.stack(errors).mean()}
-        return made, losses | self.revive(x, y - made.detach(), encoded.pre, objective)
+        if encoded.also is not None and objective.dead is not None:
+            revived = _largest(encoded.also.relu(), objective.k_aux) @ self.W_dec.index_select(0, objective.dead)
+            losses["auxk"] = _auxk(y - made.detach() - revived, objective)
+        return made, losses
 
 
 class JumpReLU(SparseAutoencoder):
@@ -201,20 +210,15 @@ class JumpReLU(SparseAutoencoder):
 
     def __init__(self, config: SAEConfig, metadata: Metadata | None = None, seed: int = 0, threshold: float = 0.001):
         super().__init__(config, metadata, seed)
-        self.log_threshold = nn.Parameter(torch.full((config.d_sae,), threshold).log())
-
-    @property
-    def threshold(self) -> Tensor:
-        """`[feature]`, above 0."""
-        return self.log_threshold.exp()
+        self.threshold = nn.Parameter(torch.full((config.d_sae,), float(threshold)))
 
     def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
         if objective is None:
-            return _never_none(pre, self.threshold)
+            return _never_none(pre, self.threshold.detach())
         if objective.penalty == "tanh":
             return None
         # Below the threshold a pair still has a gradient within the window, and below 0 none.
-        return kernels.above(pre, (self.threshold - objective.bandwidth / 2).clamp_min(0))
+        return kernels.above(pre, (self.threshold.detach() - objective.bandwidth / 2).clamp_min(0))
 
     def activate(self, encoded: Encoded, objective: Objective | None) -> Tensor:
         threshold = encoded.selection.at(self.threshold)
@@ -237,7 +241,12 @@ class JumpReLU(SparseAutoencoder):
 
     def scale_features(self, factor: Tensor) -> None:
         super().scale_features(factor)
-        self.log_threshold.add_(factor.log())
+        self.threshold.mul_(factor)
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        super().renormalise()
+        self.threshold.clamp_(min=0)
 
 
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {
@@ -276,22 +285,3 @@ def _largest(values: Tensor, k: int) -> Tensor:
     top = values.detach()[crowded].topk(k, sorted=False).indices
     kept[crowded] = kept.new_zeros(len(crowded), kept.shape[1]).scatter_(1, top, True)
     return values * kept
-
-
-class _DeadPre(torch.autograd.Function):
-    """Pre-activations of dead features `[batch dead]`, out of the product that was done already."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, centre: Any, weight: Tensor, bias: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
-        ctx.save_for_backward(x, centre, weight, dead)
-        return pre.index_select(1, dead)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, centre, weight, dead = ctx.saved_tensors
-        by_feature = grads[0].sum(0)
-        to_weight = torch.zeros_like(weight)
-        to_weight[dead] = grads[0].T @ (x if centre is None else x - centre)
-        to_bias = weight.new_zeros(len(weight)).index_copy_(0, dead, by_feature)
-        to_centre = None if centre is None else -(by_feature @ weight.index_select(0, dead))
-        return None, to_centre, to_weight, to_bias, None, None

@@ -187,7 +187,7 @@ class SparseAutoencoder(nn.Module):
     """
 
     decoder_norm: ClassVar[float] = 1.0
-    unit_norm: ClassVar[bool] = True
+    unit_norm: bool = True
     has_b_enc: ClassVar[bool] = True
 
     def __init__(self, config: SAEConfig, metadata: Metadata | None = None, seed: int = 0):
@@ -246,14 +246,22 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, codes: Codes, x: Tensor) -> Tensor:
         """`[batch d_out]` from features, and from `x` `[batch d_in]` where there is a skip."""
-        made = codes.selection.decode(codes.values, self.W_dec) + self.b_dec
+        return self.with_biases(codes.selection.decode(codes.values, self.W_dec), x)
+
+    def with_biases(self, made: Tensor, x: Tensor) -> Tensor:
+        """Sums of decoder rows `[batch d_out]` with what is added to them whatever is on: `b_dec`, and the skip."""
+        made = made + self.b_dec
         return made if self.W_skip is None else made + x @ self.W_skip.T
 
     def encode_pairs(self, x: Tensor, objective: Objective | None, dense: bool) -> Encoded:
         """Pre-activations at the pairs that the architecture chooses."""
         centre = self.b_dec if self.config.centred else None
         choose = _all_pairs if dense else lambda pre: self.choose(pre, objective)
-        return kernels.encode(x, centre, self.W_enc, self.b_enc, choose)
+        return kernels.encode(x, centre, self.W_enc, self.b_enc, choose, self.watched(objective))
+
+    def watched(self, objective: Objective | None) -> Tensor | None:
+        """Features whose pre-activations are wanted for every row; None for none."""
+        return None
 
     def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
         """The pairs that may have a value or a gradient; None for all."""

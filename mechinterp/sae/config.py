@@ -278,7 +278,9 @@ class TrainConfig:
         """From plain values. Raises UserError for unknown keys, or values that are not valid."""
         unknown = sorted(set(values) - {one.name for one in fields(cls)})
         _require(not unknown, f"unknown settings of a training run: {', '.join(unknown)}")
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         for name in ("store", "out"):
             given[name] = None if given.get(name) is None else Path(given[name])
         given["text"] = tuple(Path(one) for one in given.get("text", ()))

@@ -9,14 +9,16 @@ splicing.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.hooked.model import HookedModel
+
+if TYPE_CHECKING:
+    from mechinterp.hooked.model import HookedModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Exclusion:
             raise UserError(f"outlier must be a multiple of the median norm above 1, or none; found {self.outlier}")
 
     @classmethod
-    def of_model(cls, model: HookedModel, outlier: float | None = None) -> "Exclusion":
+    def of_model(cls, model: "HookedModel", outlier: float | None = None) -> "Exclusion":
         """The rule for a model: the first position, and every token that its tokenizer calls special."""
         return cls(first=True, tokens=tuple(special_tokens(model)), outlier=outlier)
 
@@ -86,7 +88,7 @@ class Exclusion:
         return cls(first, tuple(tokens), outlier)
 
 
-def special_tokens(model: HookedModel) -> set[int]:
+def special_tokens(model: "HookedModel") -> set[int]:
     """Ids of BOS, EOS, padding and all other special tokens; none without a tokenizer."""
     tokenizer = model.tokenizer
     if tokenizer is None:

@@ -37,38 +37,35 @@ class Entries:
 
     Attributes:
         index: `[entry]` feature of each.
+        rows: `[entry]` row of each.
         offsets: `[batch]` number of the first entry of each row.
         n_features: of the dictionary.
     """
 
     index: Tensor
+    rows: Tensor
     offsets: Tensor
     n_features: int
 
     @classmethod
     def of_rows(cls, index: Tensor, n_features: int) -> "Entries":
         """From `[batch k]` features, k in every row."""
-        offsets = torch.arange(0, index.numel(), index.shape[1], device=index.device)
-        return cls(index.flatten(), offsets, n_features)
+        batch, k = index.shape
+        offsets = torch.arange(0, batch * k, k, device=index.device)
+        rows = torch.arange(batch, device=index.device).repeat_interleave(k, output_size=batch * k)
+        return cls(index.flatten(), rows, offsets, n_features)
 
     @classmethod
     def of_flat(cls, flat: Tensor, batch: int, n_features: int) -> "Entries":
         """From ascending numbers row · n_features + feature."""
         rows = torch.div(flat, n_features, rounding_mode="floor")
-        return cls(flat - rows * n_features, _starts(rows, batch), n_features)
+        return cls(flat - rows * n_features, rows, _starts(rows, batch), n_features)
 
     @cached_property
-    def rows(self) -> Tensor:
-        """`[entry]` row of each."""
-        ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.index)])])
-        each = torch.arange(len(self.offsets), device=self.offsets.device)
-        return torch.repeat_interleave(each, ends - self.offsets, output_size=len(self.index))
-
-    @cached_property
-    def by_feature(self) -> tuple[Tensor, Tensor]:
-        """`[entry]` the entries in the order of their features, and `[feature]` the first of each in that order."""
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the order of features: `[entry]` the entries and their rows; `[feature]` where each feature begins."""
         ordered, order = torch.sort(self.index.int(), stable=True)
-        return order, _starts(ordered, self.n_features)
+        return order, self.rows[order], _starts(ordered, self.n_features)
 
     def at(self, per_feature: Tensor) -> Tensor:
         """`[feature]` numbers at the pairs, in a shape that broadcasts to their values."""
@@ -76,13 +73,21 @@ class Entries:
 
     def decode(self, values: Tensor, weight: Tensor) -> Tensor:
         """`[batch d]` sums of the rows of `weight` `[feature d]`, weighted by the values."""
-        return _Decode.apply(values, weight, self)  # type: ignore[no-any-return]
+        return _Decode.apply(values, weight, self, None, None)[0]  # type: ignore[index]
+
+    def decode_with(self, values: Tensor, weight: Tensor, also: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        """`decode`, and beside it the sums of the rows `also` `[n]` of `weight`, weighted by `more` `[batch n]`.
+
+        Together they make one gradient of the weight; apart, a second one of full size that is nearly all 0.
+        """
+        return _Decode.apply(values, weight, self, also, more)  # type: ignore[return-value]
 
     def between(self, values: Tensor, low: int, high: int) -> "tuple[Tensor, Entries]":
-        """The pairs of features low … high − 1 alone."""
+        """The pairs of features low … high − 1 alone, as a dictionary of their own."""
         inside = ((self.index >= low) & (self.index < high)).nonzero().flatten()
         rows = self.rows[inside]
-        return values[inside], Entries(self.index[inside], _starts(rows, len(self.offsets)), self.n_features)
+        starts = _starts(rows, len(self.offsets))
+        return values.index_select(0, inside), Entries(self.index[inside] - low, rows, starts, high - low)
 
     def fired(self, values: Tensor) -> Tensor:
         """`[feature]` bool: features with a value that is not 0."""
@@ -103,8 +108,8 @@ class Entries:
 
     def sum_by_feature(self, x: Tensor, values: Tensor) -> Tensor:
         """`[feature d]` = Σ over a feature's entries of value × x[row]."""
-        order, starts = self.by_feature
-        return _bag(x, self.rows[order], starts, values[order])
+        order, rows, starts = self.by_feature
+        return _bag(x, rows, starts, values[order])
 
     def count_by_feature(self, values: Tensor) -> Tensor:
         """`[feature]` = Σ over a feature's entries of value."""
@@ -131,9 +136,11 @@ class Everything:
     def decode(self, values: Tensor, weight: Tensor) -> Tensor:
         return values @ weight
 
+    def decode_with(self, values: Tensor, weight: Tensor, also: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        return values @ weight, more @ weight.index_select(0, also)
+
     def between(self, values: Tensor, low: int, high: int) -> "tuple[Tensor, Everything]":
-        inside = torch.arange(values.shape[1], device=values.device)
-        return values * ((inside >= low) & (inside < high)), self
+        return values[:, low:high], self
 
     def fired(self, values: Tensor) -> Tensor:
         return (values != 0).any(0)
@@ -146,19 +153,33 @@ Selection = Entries | Everything
 
 
 class Encoded(NamedTuple):
-    """What the encoder makes: `values` of the chosen pairs, before any non-linearity; the whole product `pre`
-    `[batch feature]` without a gradient, for those who look at pairs that were not chosen."""
+    """What the encoder makes, before any non-linearity.
+
+    Attributes:
+        values: of the chosen pairs.
+        selection: the chosen pairs.
+        pre: `[batch feature]` the whole product, without a gradient.
+        also: `[batch n]` of the features that were asked for besides, for every row; None if none were.
+    """
 
     values: Tensor
     selection: Selection
     pre: Tensor
+    also: Tensor | None
 
 
 # pre `[batch feature]` -> the pairs to go on with; None for all.
 Choose = Callable[[Tensor], Entries | None]
 
 
-def encode(x: Tensor, centre: Tensor | None, weight: Tensor, bias: Tensor | None, choose: Choose) -> Encoded:
+def encode(
+    x: Tensor,
+    centre: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    choose: Choose,
+    also: Tensor | None = None,
+) -> Encoded:
     """Pre-activations (x − centre) @ weightᵀ + bias at the pairs that `choose` picks.
 
     Args:
@@ -167,13 +188,15 @@ def encode(x: Tensor, centre: Tensor | None, weight: Tensor, bias: Tensor | None
         weight: `[feature d_in]`.
         bias: `[feature]`; None for nothing.
         choose: sees all pre-activations, without a gradient.
+        also: `[n]` different features whose pre-activations are wanted for every row.
     """
     product = _product(x if centre is None else x - centre, weight, bias)
     pre = product.detach()
     chosen = choose(pre)
     if chosen is None:
-        return Encoded(product, Everything(), pre)
-    return Encoded(_Encode.apply(x, centre, weight, bias, pre, chosen), chosen, pre)  # type: ignore[arg-type]
+        return Encoded(product, Everything(), pre, None if also is None else product.index_select(1, also))
+    values, more = _Encode.apply(x, centre, weight, bias, pre, chosen, also)  # type: ignore[misc]
+    return Encoded(values, chosen, pre, more)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -182,25 +205,34 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Encode(torch.autograd.Function):
-    """Pre-activations at entries; the product was done before, without a gradient."""
+    """Pre-activations at entries, and of some features at every row; the product was done before."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, centre: Any, weight: Tensor, bias: Any, pre: Tensor, entries: Entries) -> Tensor:
-        ctx.save_for_backward(x, centre, weight)
+    def forward(
+        ctx: Any, x: Tensor, centre: Any, weight: Tensor, bias: Any, pre: Tensor, entries: Entries, also: Any
+    ) -> Any:
+        ctx.save_for_backward(x, centre, weight, also)
         ctx.entries = entries
-        return pre.view(-1).index_select(0, entries.rows * pre.shape[1] + entries.index)
+        values = pre.view(-1).index_select(0, entries.rows * pre.shape[1] + entries.index)
+        return values, None if also is None else pre.index_select(1, also)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, centre, weight = ctx.saved_tensors
-        entries, grad = ctx.entries, grads[0].contiguous()
-        by_bias = entries.count_by_feature(grad) if any(ctx.needs_input_grad[i] for i in (1, 3)) else None
-        to_x = entries.sum_by_row(weight, grad) if ctx.needs_input_grad[0] else None
-        to_centre = -(by_bias @ weight) if ctx.needs_input_grad[1] and by_bias is not None else None
-        to_weight = None
-        if ctx.needs_input_grad[2]:
-            to_weight = entries.sum_by_feature(x if centre is None else x - centre, grad)
-        return to_x, to_centre, to_weight, by_bias if ctx.needs_input_grad[3] else None, None, None
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, centre, weight, also = ctx.saved_tensors
+        entries, grad, more = ctx.entries, grads[0].contiguous(), grads[1]
+        needs_x, needs_centre, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        to_x = to_weight = to_bias = to_centre = None
+        if needs_bias or needs_centre:
+            to_bias = _with_rows(entries.count_by_feature(grad), also, lambda: more.sum(0))
+        if needs_centre:
+            to_centre = -(to_bias @ weight)
+        if needs_x:
+            to_x = entries.sum_by_row(weight, grad)
+            to_x = to_x if also is None else to_x + more @ weight[also]
+        if needs_weight:
+            read = x if centre is None else x - centre
+            to_weight = _with_rows(entries.sum_by_feature(read, grad), also, lambda: more.T @ read)
+        return to_x, to_centre, to_weight, to_bias if needs_bias else None, None, None, None
 
 
 class _At(torch.autograd.Function):
@@ -212,26 +244,37 @@ class _At(torch.autograd.Function):
         return per_feature.index_select(0, entries.index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
         return ctx.entries.count_by_feature(grads[0].contiguous()), None
 
 
 class _Decode(torch.autograd.Function):
-    """Σ value × weight[feature] by row."""
+    """Σ value × weight[feature] by row; and beside it more @ weight[also], if there are any."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, entries: Entries) -> Tensor:
-        ctx.save_for_backward(values, weight)
+    def forward(ctx: Any, values: Tensor, weight: Tensor, entries: Entries, also: Any, more: Any) -> Any:
+        ctx.save_for_backward(values, weight, also, more)
         ctx.entries = entries
-        return entries.sum_by_row(weight, values)
+        made = entries.sum_by_row(weight, values)
+        return made, None if also is None else (more @ weight.index_select(0, also)).to(made.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        values, weight = ctx.saved_tensors
-        entries, grad = ctx.entries, grads[0].contiguous()
-        to_values = entries.products(weight, grad) if ctx.needs_input_grad[0] else None
-        to_weight = entries.sum_by_feature(grad, values) if ctx.needs_input_grad[1] else None
-        return to_values, to_weight, None
+    def backward(ctx: Any, *grads: Any) -> Any:
+        values, weight, also, more = ctx.saved_tensors
+        entries, grad, beside = ctx.entries, grads[0].contiguous(), grads[1]
+        to_values = to_weight = to_more = None
+        if ctx.needs_input_grad[0]:
+            to_values = entries.products(weight, grad)
+        if ctx.needs_input_grad[1]:
+            to_weight = _with_rows(entries.sum_by_feature(grad, values), also, lambda: more.T @ beside)
+        if ctx.needs_input_grad[4]:
+            to_more = beside @ weight.index_select(0, also).T
+        return to_values, to_weight, None, None, to_more
+
+
+def _with_rows(table: Tensor, rows: Tensor | None, more: Callable[[], Tensor]) -> Tensor:
+    """A table with something added to some of its rows, each once."""
+    return table if rows is None else table.index_add_(0, rows, more())
 
 
 def _bag(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class Trainer:
         self.steps = 0
         self.since_fired = torch.zeros(sae.config.d_sae, dtype=torch.long, device=device)
         self.broken = torch.zeros((), dtype=torch.long, device=device)
+        if config.penalty == "tanh":
+            sae.unit_norm = False  # norms are free, and weigh the penalty (Conerly et al. 2025)
         jumprelu_paper = config.architecture == "jumprelu" and config.penalty == "l0"
         self.optimizer = torch.optim.Adam(
             sae.parameters(),
@@ -78,7 +80,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
         self.optimizer.step()
         self.sae.renormalise()
-        self._count(y, output, objective)
+        self._count(y, output, objective, norm)
         # Of the gradient as well: it is of all processes, and the weights of this step are made of it. The result
         # stays on the device: to look at it in every step would wait for the step.
         bad = (self.broken == 0) & ~torch.isfinite(output.loss.detach() + norm)
@@ -130,7 +132,7 @@ class Trainer:
                 self.processes.sum(parameter.grad)
 
     @torch.no_grad()
-    def _count(self, y: Tensor, output: Output, objective: Objective) -> None:
+    def _count(self, y: Tensor, output: Output, objective: Objective, norm: Tensor) -> None:
         self.steps += 1
         fired = self.processes.any(output.codes.fired())
         self.since_fired += objective.n

@@ -13,6 +13,7 @@ The folder: `config.json`, `manifest.json`, `log.jsonl`, `checkpoints/`, and at 
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -94,6 +95,7 @@ def train(
         _make_folder(config.folder)
     with processes.together():
         source = source or open_source(config, model, processes)
+        _require_share(source, config, processes)
     try:
         return _resumed(config, source, checkpoints, processes, found).to_the_end(progress)
     finally:
@@ -136,6 +138,12 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _require_share(source: Source, config: TrainConfig, processes: Processes) -> None:
+    given, share = source.buffer.batch_size, processes.share(config.batch)
+    if given != share:
+        raise UserError(f"the source gives batches of {given} tokens; the settings ask for {share} in each process")
 
 
 def _make_folder(folder: Path) -> None:
@@ -196,6 +204,8 @@ def _scales(sites: list[Tensor], kind: str, processes: Processes) -> Tensor:
         square = x.float().square().sum(1)
         sums = torch.stack([square.sqrt().sum().double(), square.sum().double(), square.new_tensor(len(x)).double()])
         norm, mean_square, n = processes.sum(sums).tolist()
+        if not 0 < norm < math.inf:
+            raise UserError(f"the activations to train on have a mean norm of {norm / max(n, 1)}: no scale fits them")
         found.append(x.shape[1] ** 0.5 / (norm / n) if kind == "norm" else (mean_square / n) ** -0.5)
     return torch.tensor(found, device=sites[0].device)
 

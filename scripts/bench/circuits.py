@@ -31,21 +31,19 @@ import os
 os.environ["TQDM_DISABLE"] = "1"
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import transformers as hf
 from circuit_floors import Work, rate
-from measure import arguments, load_smollm2, timed, write
-from peers.served import forget_peak, resident
-from safetensors.torch import load_file, save_file
+from measure import arguments, load_smollm2, write
+from peer import PEERS, Missing, Peer, measured, serving
+from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -65,10 +63,7 @@ TOLERANCE = 1e-3  # of the largest value; both sides are float32
 MAX_BYTES = 1_000_000_000
 STEPS = 5
 N_POS, DIFFER = 15, (1, 3, 10)
-PEERS = Path(os.environ.get("MECHINTERP_PEERS", Path.home() / ".cache/mechinterp-peers"))
 EAP_IG = Path(os.environ.get("EAP_IG", PEERS / "eap-ig/src"))
-HERE = Path(__file__).parent
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -111,60 +106,6 @@ class Outcome:
         return fast and lean and self.max_rel_diff <= TOLERANCE and self.ours_peak_bytes <= MAX_BYTES
 
 
-class Missing(Exception):
-    """A peer that cannot be run here; says how to get it."""
-
-
-class Peer:
-    """A peer's program, which answers calls."""
-
-    def __init__(self, program: str, *args: object):
-        python = PEERS / "env/bin/python"
-        if not python.exists():
-            raise Missing(f"no environment at {PEERS}/env: bash scripts/bench/peers/setup.sh")
-        self.process = subprocess.Popen(
-            [str(python), str(HERE / "peers" / program), *map(str, args)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        if self._answer() is None:
-            raise Missing(f"{program} does not start (exit code {self.process.wait()}); its reason stands above")
-
-    def _answer(self) -> dict | None:
-        """The next line of JSON, or None where the program has ended."""
-        assert self.process.stdout is not None
-        return next((json.loads(line) for line in self.process.stdout if line.startswith("{")), None)
-
-    def __call__(self, call: str, **asked: object) -> tuple[float, int, dict[str, Tensor]]:
-        """Seconds, bytes that the process grew by, and tensors."""
-        assert self.process.stdin is not None
-        print(json.dumps({"call": call, **asked}), file=self.process.stdin, flush=True)
-        made = self._answer()
-        if made is None:
-            raise RuntimeError(f"the peer failed in {call!r}; its reason stands above")
-        return made["seconds"], made["peak_bytes"], load_file(made["tensors"])
-
-    def close(self) -> None:
-        """End it."""
-        self.process.communicate()
-
-
-@contextmanager
-def serving(program: str, *args: object) -> Iterator[Peer]:
-    """A peer for a while."""
-    peer = Peer(program, *args)
-    try:
-        yield peer
-    finally:
-        peer.close()
-
-
-def measured(run: Callable[[], Made]) -> tuple[float, int, Made]:
-    """Seconds of our side, bytes that the process grew by, and what it gave."""
-    before = forget_peak()
-    spent, made = timed(run)
-    return spent, resident("VmHWM") - before, made
-
-
 class Setting:
     """GPT-2 with random weights, random pairs, and the folder that peers read both from."""
 
@@ -203,7 +144,7 @@ class Setting:
         """EAP-IG's own code."""
         if not (EAP_IG / "eap").is_dir():
             raise Missing(f"no EAP-IG at {EAP_IG}: copy the src folder of github.com/hannamw/EAP-IG there (EAP_IG=…)")
-        with serving("eap_ig.py", self.folder / "model", EAP_IG, torch.get_num_threads()) as peer:
+        with serving("env", "setup.sh", "eap_ig.py", self.folder / "model", EAP_IG, torch.get_num_threads()) as peer:
             yield peer
 
 
@@ -293,7 +234,7 @@ def exact(setting: Setting) -> Outcome:
     def theirs(edges: Tensor) -> tuple[float, int, dict[str, Tensor]]:
         return peer("edges", edges=setting.give(edges=graph.edges[edges, :2]))
 
-    with serving("acdc.py", setting.folder / "model", torch.get_num_threads()) as peer:
+    with serving("env", "setup.sh", "acdc.py", setting.folder / "model", torch.get_num_threads()) as peer:
         theirs(edges[:2])
         ours(edges[:8])
         before, theirs_bytes, first = theirs(halves[0])

@@ -127,7 +127,7 @@ def step(z, theta, bandwidth):
 
 def jumprelu(p, x, y, pre, sparsity, bandwidth):
     """Rajamanoharan et al. 2024b, with the ReLU on pre-activations of their listing."""
-    z, theta = pre.clamp_min(0), p["log_threshold"].exp()
+    z, theta = pre.clamp_min(0), p["threshold"]
     features = jump(z, theta, bandwidth)
     made = Made(features, decode(p, x, features))
     made.losses["mse"] = squared(y, made.reconstruction)
@@ -137,7 +137,7 @@ def jumprelu(p, x, y, pre, sparsity, bandwidth):
 
 def jumprelu_tanh(p, x, y, pre, n_sites, sparsity, bandwidth, pre_activation):
     """Conerly et al. 2025: λ_S Σ tanh(4 f_i ‖d_i‖) + λ_P Σ ReLU(exp(t_i) − pre_i) ‖d_i‖."""
-    theta, weights = p["log_threshold"].exp(), norms(p, n_sites)
+    theta, weights = p["threshold"], norms(p, n_sites)
     features = jump(pre, theta, bandwidth)
     made = Made(features, decode(p, x, features))
     made.losses["mse"] = squared(y, made.reconstruction)

@@ -1,4 +1,4 @@
-"""Harvest ahead: the same chunks in the same order, states in the middle, failures and the end when it is their turn."""
+"""Harvest ahead: the same chunks in the same order, states in the middle, failures and the end in their turn."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def numbers(chunks, n):
 
 
 @pytest.fixture
-def ahead(request):
+def ahead():
     """Makes an Ahead whose thread ends with the test."""
     made = []
 

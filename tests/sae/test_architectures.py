@@ -59,8 +59,8 @@ def drawn(kind: str, shape: str = "sae", dtype: torch.dtype = torch.float64, spa
     draw = torch.Generator().manual_seed(5)
     for name, parameter in sae.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(dtype)
-        if name == "log_threshold":
-            parameter.copy_((0.5 + 0.1 * noise.clamp(-2, 2)).log())
+        if name == "threshold":
+            parameter.copy_(0.5 + 0.1 * noise.clamp(-2, 2))
         else:
             parameter.copy_(0.4 * noise)
     if sparse and kind not in ("topk", "batchtopk", "matryoshka"):
@@ -201,11 +201,11 @@ REACHES: dict[str, dict[str, set[str]]] = {
     "topk": {"fvu": SHARED, "auxk": SHARED},
     "batchtopk": {"fvu": SHARED, "auxk": SHARED},
     "matryoshka": {"fvu": SHARED, "auxk": SHARED},
-    "jumprelu": {"mse": SHARED | {"log_threshold"}, "l0": {"log_threshold"}},
+    "jumprelu": {"mse": SHARED | {"threshold"}, "l0": {"threshold"}},
     "jumprelu-tanh": {
-        "mse": SHARED | {"log_threshold"},
-        "tanh": SHARED | {"log_threshold"},
-        "pre_activation": SHARED | {"log_threshold"},
+        "mse": SHARED | {"threshold"},
+        "tanh": SHARED | {"threshold"},
+        "pre_activation": SHARED | {"threshold"},
     },
 }
 
@@ -262,15 +262,15 @@ def test_thresholds_below_half_a_window_leave_what_the_relu_holds_at_0_alone():
     the window, however far below 0 it was. Here only what is above 0 is, so that the step can stay sparse."""
     sae = drawn("jumprelu")
     assert isinstance(sae, JumpReLU)
-    sae.log_threshold.data.fill_(0.1).log_()
+    sae.threshold.data.fill_(0.1)
     x, y = batch_of(sae)
     objective = Objective.of(y, sparsity=1.0, bandwidth=1.0)
     for dense in (False, True):
         output = sae(x, y, objective, dense=dense)
-        made = gradients(output.losses["l0"], dict(sae.named_parameters()))["log_threshold"]
+        made = gradients(output.losses["l0"], dict(sae.named_parameters()))["threshold"]
         pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
         inside = (pre > 0) & ((pre - 0.1).abs() < 0.5)
-        agree(made, -inside.double().sum(0) * 0.1 / BATCH, 1e-11, "threshold")
+        agree(made, -inside.double().sum(0) / BATCH, 1e-11, "threshold")
 
 
 # ---- shares of processes -------------------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def test_entries_say_where_they_are(kind):
     rows, index = kept.nonzero(as_tuple=True)
     assert torch.equal(entries.rows, rows)
     assert torch.equal(entries.index, index)
-    order, starts = entries.by_feature
+    order, rows_then, starts = entries.by_feature
+    assert torch.equal(rows_then, rows[order])
     assert torch.equal(index[order], index.sort().values)
     assert torch.equal(rows[order], kept.T.nonzero()[:, 1])
     counts = kept.sum(0)

@@ -14,6 +14,7 @@ from mechinterp.sae.toy_models import (
     dimensionality,
     dimensions_per_feature,
     held_out_loss,
+    hidden_chunks,
     interference,
     is_polygon,
     lowest_of,
@@ -165,9 +166,22 @@ def test_sparse_features_form_a_pentagon_and_dense_ones_do_not():
 def test_linear_models_show_no_superposition():
     """Whatever the sparsity: as many features as dimensions."""
     models = ToyModels(5, 2, [1.0, 0.05], 0.9 ** torch.arange(5), relu=False)
-    train(models, steps=600, learning_rate=2e-2)
+    train(models, steps=1000, learning_rate=2e-2)
     assert represented(models.W.detach()).sum(1).tolist() == [2, 2]
     assert torch.allclose(dimensions_per_feature(models.W.detach()), torch.ones(2), atol=0.05)
+
+
+def test_hidden_activations_are_chunks_that_resume():
+    """Wx of features of the density asked for; a state of another model is refused."""
+    W = torch.eye(4)
+    source = hidden_chunks(W, 0.25, tokens=4000)
+    first = source.chunk()["toy"]
+    assert first.shape == (4000, 4) and abs(float((first > 0).float().mean()) - 0.25) < 0.02
+    again = hidden_chunks(W, 0.25, tokens=4000)
+    again.load_state_dict(source.state_dict())
+    assert torch.equal(again.chunk()["toy"], source.chunk()["toy"])
+    with pytest.raises(mi.UserError, match="not of this source"):
+        hidden_chunks(2 * W, 0.25, tokens=4000).load_state_dict(source.state_dict())
 
 
 def test_training_repeats_itself():

@@ -170,3 +170,73 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, monkeypatc
 def test_autocast_is_refused_on_the_cpu(tmp_path):
     with pytest.raises(UserError, match="autocast is for CUDA"):
         run(config(tmp_path, autocast=True))
+
+
+def test_tokens_beyond_the_last_whole_batch_are_not_trained_on(tmp_path):
+    made = run(config(tmp_path, n_tokens=1_000))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert (lines[-1]["step"], lines[-1]["tokens"]) == (15, 960) and made.sae.metadata.n_tokens == 960
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    settings = config(tmp_path / "file/run")
+    source = synthetic_source(TOY, settings)
+    with pytest.raises(UserError, match=r"cannot write a run into .*file/run: Not a directory"):
+        train(settings, source=source, progress=False)
+    assert source.buffer.chunks.state_dict()["next"] == 0
+
+
+def test_a_disk_that_is_full_for_the_log_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *args, **more: (full if self.name == "log.jsonl" and "a" in args
+                                                                   else opened)(self, *args, **more))  # fmt: skip
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No space left on device"):
+        run(config(tmp_path))
+
+
+def test_another_run_without_a_checkpoint_is_not_written_over(tmp_path):
+    run(config(tmp_path, checkpoint_every=0))
+    before = weights(tmp_path)["W_dec"]
+    with pytest.raises(UserError, match="holds a run without a checkpoint of other settings: seed 0, not 1"):
+        run(config(tmp_path, checkpoint_every=0, seed=1), resume=True)
+    run(config(tmp_path, checkpoint_every=0), resume=True)
+    assert torch.equal(weights(tmp_path)["W_dec"], before)
+
+
+def test_no_held_out_activations_and_no_evaluations(tmp_path):
+    settings = config(tmp_path)
+    source = replace(synthetic_source(TOY, settings), held_out={})
+    assert train(settings, source=source, progress=False).held_out == {}
+    assert "held_out" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_source_of_another_batch_is_refused(tmp_path):
+    source = synthetic_source(TOY, config(tmp_path, batch=32))
+    with pytest.raises(UserError, match="gives batches of 32 tokens; the settings ask for 64"):
+        train(config(tmp_path), source=source, progress=False)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_activations_that_no_scale_fits_are_refused(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(KnownDictionary, "directions", lambda self: torch.full((24, 8), value))
+    with pytest.raises(UserError, match="no scale fits them"):
+        run(config(tmp_path))
+
+
+def test_a_step_whose_gradient_is_not_finite_is_not_kept(tmp_path, monkeypatch):
+    """The loss is finite, and the weights after this step would not be: the last step of all shows it nowhere else."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def spoiled(parameters, most):
+        steps.append(1)
+        norm = clip(parameters, most)
+        return norm * torch.nan if len(steps) == 40 else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
+    with pytest.raises(UserError, match="not finite at step 40; the last good checkpoint is"):
+        run(config(tmp_path))
+    assert not (tmp_path / "sae").exists()

@@ -32,8 +32,8 @@ def tiny_sae(of, site, writes=None, architecture="topk", d_sae=64, exclusion=Non
             noise = torch.randn(weight.shape, generator=draw)
             if name in ("W_enc", "W_dec"):
                 weight.copy_(noise / weight.shape[1] ** 0.5)
-            elif name == "log_threshold":
-                weight.copy_(0.5 * noise - 0.5)
+            elif name == "threshold":
+                weight.copy_((0.5 * noise - 0.5).exp())
             elif name == "W_skip":
                 weight.copy_(0.3 * noise / weight.shape[1] ** 0.5)
             else:
@@ -50,9 +50,7 @@ def by_hand(sae, x):
     if sae.config.architecture == "topk":
         smallest = pre.topk(sae.config.k, dim=-1).values[..., -1:]
         features = pre.relu() * (pre >= smallest)
-    elif sae.config.architecture == "jumprelu":
-        features = pre * (pre > sae.log_threshold.exp())
-    elif sae.config.architecture == "batchtopk":
+    elif sae.config.architecture in ("jumprelu", "batchtopk"):
         features = pre * (pre > sae.threshold)
     else:
         features = pre.relu()

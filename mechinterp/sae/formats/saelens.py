@@ -103,7 +103,7 @@ def read(folder: Path) -> SparseAutoencoder:
 def _exported(sae: SparseAutoencoder) -> tuple[Weights, SAEConfig]:
     """Tensors by SAELens's names and in its shapes, and what kind they are now."""
     config = sae.config
-    weights = {name: value.detach().clone() for name, value in sae.named_parameters() if name != "log_threshold"}
+    weights = {name: value.detach().clone() for name, value in sae.named_parameters()}
     if config.architecture in ("jumprelu", "batchtopk", "matryoshka"):
         threshold = cast(Tensor, sae.threshold)  # [feature], or one of BatchTopK's
         weights["threshold"] = threshold.detach().to(sae.W_enc.dtype).expand(config.d_sae).clone()

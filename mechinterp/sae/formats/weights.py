@@ -107,8 +107,7 @@ def build(config: SAEConfig, metadata: Metadata, weights: Mapping[str, Tensor], 
     """A module with the given weights, in our names and shapes; `threshold` is `[feature]`, or one of BatchTopK's."""
     state, sae = dict(weights), make(config, metadata)
     if config.architecture == "jumprelu":  # features are never below 0, so that a lower threshold does what 0 does
-        lowest = torch.finfo(state["threshold"].dtype).tiny
-        state["log_threshold"] = state.pop("threshold").clamp_min(lowest).log()
+        state["threshold"] = state["threshold"].clamp_min(0)
     elif isinstance(sae, BatchTopK):
         state["threshold"] = state["threshold"].clamp_min(0)
         state["n_updates"] = torch.tensor(n_updates)

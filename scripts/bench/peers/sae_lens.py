@@ -1,9 +1,10 @@
 """SAELens's TopK autoencoder (PyPI sae-lens 6.54.12), trained by its own `SAETrainer.step`. See sae_step.py.
 
-    python sae_lens.py FOLDER [--sparse]        --sparse: with its option `use_sparse_activations`
+    python sae_lens.py FOLDER [--sparse]
 
-All else is as it comes: Adam, gradient clipping, dead counts, and pre-activations times decoder norms, which are 1 at
-the start (it holds no norms and projects no gradient).
+`--sparse` is its option `use_sparse_activations`, with which pre-activations cannot be multiplied by decoder norms on
+the CPU; without, they are. All else is as it comes: Adam, gradient clipping, dead counts (it holds no norms and
+projects no gradient).
 """
 
 import os
@@ -24,9 +25,11 @@ from sae_step import TOTAL, Given, stepping
 def main() -> None:
     """Serve."""
     given = Given()
+    sparse = "--sparse" in sys.argv
     config = TopKTrainingSAEConfig(
-        d_in=given.d_in, d_sae=given.d_sae, k=given.k, use_sparse_activations="--sparse" in sys.argv
-    )
+        d_in=given.d_in, d_sae=given.d_sae, k=given.k, use_sparse_activations=sparse,
+        rescale_acts_by_decoder_norm=not sparse,
+    )  # fmt: skip
     sae = TopKTrainingSAE(config)
     with torch.no_grad():
         sae.W_enc.copy_(given.weights["W_enc"].T)
