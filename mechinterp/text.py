@@ -161,7 +161,7 @@ def _from_file(path: Path, column: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read text from {path}: {error}") from error
+        raise UserError(f"cannot read text from {path}: {error}; valid: UTF-8 text or JSON lines") from error
     if "\0" in text:
         raise UserError(f"cannot read text from {path}: it is binary; valid: UTF-8 text or JSON lines")
     found = _from_lines(path, text, column) if path.suffix == ".jsonl" else parts(text)
@@ -175,13 +175,23 @@ def _from_lines(path: Path, text: str, column: str) -> list[str]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            found.append(json.loads(line)[column])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: expected a JSON object with a text in {column!r}") from None
+        row = _parsed(line)
+        if column not in row:
+            fields = f"; found the fields {', '.join(row)}" if row else ""
+            raise UserError(f"{path}, line {number}: expected a JSON object with a text in {column!r}{fields}")
+        found.append(row[column])
         if not isinstance(found[-1], str):
             raise UserError(f"{path}, line {number}: {column!r} must be a text; found {found[-1]!r}")
     return found
+
+
+def _parsed(line: str) -> dict[str, object]:
+    """A JSON object; an empty one where the line holds none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def blocks(

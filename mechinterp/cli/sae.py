@@ -1,6 +1,7 @@
 """The subcommands of `mechinterp sae`: train, evaluate, features, convert, harvest."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,25 +14,39 @@ from mechinterp.sae.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaeTrain(TrainConfig, Command):
+class TrainFlags(TrainConfig, Command):
+    """The settings of a training run as flags.
+
+    They are checked by `config` and not while they are parsed: the parser takes any ValueError for one of its own, and
+    shows it in a box, in front of which it says something else.
+    """
+
+    def __post_init__(self) -> None:
+        """Nothing yet."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings without the flags of the command. Raises UserError for those that are not valid."""
+        return TrainConfig(**{one.name: getattr(self, one.name) for one in fields(TrainConfig)})
+
+    def check_flags(self) -> None:
+        """Raise UserError for settings that are not valid, or a folder that cannot be made."""
+        folder = self.config.folder.absolute()
+        above = next(one for one in (folder, *folder.parents) if one.exists())
+        require(above.is_dir(), f"cannot write {folder}: {above} is a file")
+        require(os.access(above, os.W_OK | os.X_OK), f"cannot write {folder}: no permission to write into {above}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeTrain(TrainFlags):
     """Train sparse autoencoders on text; the folder says what they were trained by, and can be resumed."""
 
     resume: Switch = False
     """Continue from the newest checkpoint in --out; the final weights are those of a run that never stopped."""
 
-    def check_flags(self) -> None:
-        """Raise UserError for a folder that cannot be made."""
-        folder = self.out.absolute() if self.out else Path.cwd()
-        require(not folder.is_file(), f"cannot write {folder}: it is a file")
-
-    @property
-    def config(self) -> TrainConfig:
-        """The settings without the flags of the command."""
-        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.__dataclass_fields__})
-
 
 @dataclass(frozen=True, kw_only=True)
-class SaeHarvest(TrainConfig, Command):
+class SaeHarvest(TrainFlags):
     """Write the activations that a training run would read to disk, --n-tokens of them, into --out."""
 
     store_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -40,15 +55,11 @@ class SaeHarvest(TrainConfig, Command):
     """Tokens of a shard."""
 
     def check_flags(self) -> None:
-        """Raise UserError for a folder that is missing or cannot be made."""
+        """Raise UserError for wrong flags, or a folder that is missing or cannot be made."""
+        super().check_flags()
         require(self.out is not None, "give the folder to write activations to: --out FOLDER")
         require(self.store is None, "--store is for sae train; a harvest writes to --out")
         require(self.shard_tokens >= 1, f"--shard-tokens must be at least 1; found {self.shard_tokens}")
-
-    @property
-    def config(self) -> TrainConfig:
-        """The settings without the flags of the command."""
-        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,10 @@ class OnText(ModelFlags):
     """Text that it was not trained on: files, or .jsonl files with a text a line."""
     dataset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A hub data set instead."""
+    split: str = "train"
+    """Of the data set."""
+    column: str = "text"
+    """Of the data set, or the field of a .jsonl file."""
     blocks: int = 64
     """Token blocks at most."""
     length: int | None = None

@@ -13,14 +13,20 @@ from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.reporting.features import write_features
 from mechinterp.results import write_json
-from mechinterp.sae.activations import harvest_into
+from mechinterp.sae.activations import harvest_into, load_model
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.text import Blocks, blocks
+from mechinterp.sae.distributed import Processes
+from mechinterp.text import Blocks, cut, documents
+
+
+PER_DOCUMENT = 4  # blocks of one document at most: intervals are over documents
 
 
 def train(args: SaeTrain, command: str) -> int:
     """The run, and where it is."""
     made = autoencoders.train(args.config, resume=args.resume)
+    if not Processes.started().first:  # of those that torchrun has started, one speaks
+        return 0
     for name, found in made.held_out.items():
         print(f"{name}: held-out FVU {found['fvu']:.4f}, L0 {found['l0']:.1f}")
     print(f"\nsettings, log, checkpoints and weights in {made.path.absolute()}")
@@ -67,16 +73,16 @@ def convert(args: SaeConvert, command: str) -> int:
 def harvest(args: SaeHarvest, command: str) -> int:
     """A store of activations."""
     assert args.out is not None, "check_flags asked for it"
-    with tqdm(total=args.n_tokens, unit="token", unit_scale=True, desc="harvest") as bar:
-        manifest = harvest_into(
-            args.config, args.out, args.shard_tokens, args.store_dtype, lambda n: bar.update(n - bar.n)
-        )
+    model = load_model(args.config, Processes())  # first, so that its header stands above the bar
+    with tqdm(total=args.n_tokens, unit="token", unit_scale=True, desc="harvest", delay=1) as bar:
+        manifest = harvest_into(args.config, args.out, args.shard_tokens, args.store_dtype, partial(_show, bar), model)
     print(f"{manifest.tokens:,} tokens at {', '.join(manifest.widths)} in {args.out.absolute()}")
     print(f"train on them: mechinterp sae train --model {args.model} --store {args.out} …")
     return 0
 
 
 def _show(bar: tqdm, tokens: int) -> None:
+    """Move the bar to so many tokens."""
     bar.update(tokens - bar.n)
 
 
@@ -90,7 +96,7 @@ def _inputs(args: OnText) -> tuple[SparseAutoencoder, HookedModel, Blocks]:
     model = load_named(name, args, bos)
     sae.to(model.device)
     length = args.length or sae.metadata.context or 128
-    text = blocks(model, args.dataset or tuple(args.text), length, args.blocks)
+    text = cut(model, *documents(args.dataset or args.text, args.split, args.column), length, args.blocks)
     _warn_of_training_text(sae, args.text)
     print(f"text: {text.source}, {len(text)} blocks of {length} tokens, {len(text.document.unique())} documents")
     return sae, model, text

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
@@ -240,12 +241,18 @@ class TrainConfig:
         sizes = [share * self.d_sae for share in self.prefixes]
         wrong = [share for share, size in zip(self.prefixes, sizes, strict=True) if abs(size - round(size)) > 1e-6]
         _require(
-            not wrong, f"d_sae {self.d_sae} cannot be divided: {wrong[0] if wrong else ''} of it is no whole number"
+            not wrong,
+            f"d_sae {self.d_sae} cannot be divided: {wrong[0] if wrong else ''} of it is no whole number; valid for "
+            f"the prefixes {', '.join(map(str, self.prefixes))}: a multiple of {self._divisor()}",
         )
         rounded = [round(size) for size in sizes]
         good = rounded == sorted(set(rounded)) and rounded[:1] > [0] and rounded[-1:] == [self.d_sae]
         _require(good, f"prefixes must ascend from above 0 to 1; found {self.prefixes}")
         return tuple(rounded)
+
+    def _divisor(self) -> int:
+        """The least number of features that every prefix is a whole number of (for shares of small denominators)."""
+        return math.lcm(*(Fraction(share).limit_denominator(10_000).denominator for share in self.prefixes))
 
     def resolved(self, d_in: int) -> "TrainConfig":
         """The same settings with everything worked out that was None.

@@ -208,6 +208,7 @@ def _evaluated(
     for name, values in tally.sums.items():
         if values.ndim == 1:
             arrays[name if name.startswith("n_") else f"sum_{name}"] = ("prompt", values.numpy())
+    arrays |= {"sum_error": ("prompt", error), "sum_variance": ("prompt", variance)}
     about = _about(model, sae, text, places, seed) | {
         "outliers": outliers(sae, tally, target, kept),
         "sites": by_site(places, tally, documents, seed) if not places.spliceable else [],

@@ -119,6 +119,8 @@ class Splice(Intervention):
     def require(self, model: HookedModel) -> None:
         """Raise UserError for another model than the metadata's (unless the site was given), or sites of another
         width."""
+        if not self._elsewhere:  # type: ignore[attr-defined]
+            require_model(self.sae, model)
         for site, width, does in (
             (self.site, self.sae.config.d_in, "reads"),
             (self.writes, self.sae.config.d_out, "writes"),
@@ -128,8 +130,6 @@ class Splice(Intervention):
                 raise UserError(
                     f"the autoencoder {does} {width} dimensions, but {site} of {model.info.name} has {found}"
                 )
-        if not self._elsewhere:  # type: ignore[attr-defined]
-            require_model(self.sae, model)
 
     def new_value(self, activation: Tensor, state: object, rows: Rows) -> Tensor:
         """`[batch pos d_out]` the reconstruction; with the error term, how far edits move it."""
@@ -210,8 +210,8 @@ def require_model(sae: SparseAutoencoder, model: HookedModel) -> None:
     if not theirs or ours == theirs or (meta.weights_hash and meta.weights_hash == model.weights_hash()):
         return
     raise UserError(
-        f"the autoencoder was trained on {meta.model}; the model here is {model.info.name}. To splice it all the same, "
-        "say where: site=Site(…)"
+        f"the autoencoder was trained on {meta.model}; the model here is {model.info.name}. Valid: that model, "
+        "or in Python a Splice that says where, with site=Site(…)"
     )
 
 

@@ -88,9 +88,8 @@ class Setting:
         if k is not None:
             return architectures.make(config).to(self.device)
         pre = self.x[:64] @ self.autoencoder("topk").W_enc.detach().T  # the same rows in every architecture
-        return architectures.make(config, threshold=float(pre.flatten().topk(shape.k * len(pre)).values[-1])).to(
-            self.device
-        )
+        threshold = float(pre.flatten().topk(shape.k * len(pre)).values[-1])
+        return architectures.make(config, threshold=threshold).to(self.device)
 
     def trainer(
         self, architecture: str = "topk", dense: bool = False, n_dead: int = 0, autocast: bool = False
@@ -159,16 +158,18 @@ def bandwidth(n: int = 2**25) -> float:
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def dense_gap(setting: Setting, architecture: str = "topk", n_dead: int = 0) -> float:
-    """The largest relative difference of a loss term between the sparse step and the dense one."""
-    sae = setting.trainer(architecture, n_dead=n_dead).sae
+def dense_gap(setting: Setting, architecture: str = "topk", n_dead: int = 0, autocast: bool = False) -> float:
+    """The largest relative difference between the sparse step and the dense one, of losses and of reconstructions."""
+    x = setting.x
     more = {"dead": setting.dead(n_dead), "k_aux": setting.shape.d_in // 2, "aux": 1 / 32} if n_dead else {}
-    if architecture == "jumprelu":
-        more = {"sparsity": 0.001}
-    objective = Objective.of(setting.x, **more)
-    sparse, dense = (sae(setting.x, setting.x, objective, dense=dense).losses for dense in (False, True))
-    assert set(sparse) == set(dense) and len(sparse) == 1 + bool(more), f"{set(sparse)}, {set(dense)}"
-    return max(abs(float(sparse[name].detach() / dense[name].detach()) - 1) for name in sparse)
+    objective = Objective.of(x, sparsity=0.001, **more)
+    sae = setting.trainer(architecture, n_dead=n_dead).sae
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        sparse, dense = (sae(x, x, objective, dense=dense) for dense in (False, True))
+    assert set(sparse.losses) == set(dense.losses) and ("auxk" in dense.losses) == bool(n_dead)
+    losses = [abs(float(sparse.losses[name] / value) - 1) for name, value in dense.losses.items()]
+    made, wanted = sparse.reconstruction, dense.reconstruction
+    return max(*losses, float((made - wanted).abs().max() / wanted.abs().max()))
 
 
 def reconstruction_gap(setting: Setting, theirs: Tensor) -> float:

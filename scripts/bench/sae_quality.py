@@ -1,0 +1,103 @@
+"""Sparse autoencoders of equal L0 beside each other on held-out text: ours and another trainer's, several seeds each.
+
+    python scripts/bench/sae_quality.py --ours DIR … --theirs DIR … --text FILE [--blocks N] [--json FILE]
+
+All are run on the same tokens. The difference of FVU is that of the mean errors over seeds, relative to the variance
+that they share; its interval is over documents (paired: every document is read by all). CE recovered is compared in
+the same way. Exit code 0 if the upper limit of the FVU's difference is at most .005 and all have the same L0.
+
+Theirs come from `scripts/reference/train_sae_lens.py`, on a store of `mechinterp sae harvest`; ours from the same
+store (`mechinterp sae train --store STORE`), with the same batch, learning rate and tokens.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mechinterp as mi
+from mechinterp.results import write_json
+from mechinterp.statistics import bootstrap_ratio
+
+MARGIN = 0.005  # of FVU
+SAME_L0 = 0.01  # relative
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate all, compare, print, write. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ours", nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--theirs", nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--blocks", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    model = mi.load(args.model)
+    print(model.header())
+    text = mi.text.blocks(model, args.text, args.length, args.blocks, per_document=4)
+    print(f"{len(text)} blocks of {args.length} tokens from {len(text.document.unique())} documents of {text.source}")
+    found = {side: [measured(model, path, text) for path in getattr(args, side)] for side in ("ours", "theirs")}
+    made = compared(found["ours"], found["theirs"], text.document.numpy())
+    ok = made["fvu"]["high"] <= MARGIN and made["same_l0"]
+    print(f"\nours − theirs, 95% over documents:\nFVU {shown(made['fvu'])}, allowed {MARGIN}")
+    print(f"CE recovered of mean ablation {shown(made['ce_recovered_mean'])}\n{'ok' if ok else 'NOT ok'}")
+    if args.json:
+        runs = {side: [one.to_json() | {"about": None} for one in results] for side, results in found.items()}
+        write_json(args.json, {"ok": ok, "compared": made, "runs": runs, "text": text.source, "blocks": len(text)})
+    return 0 if ok else 1
+
+
+def measured(model: mi.HookedModel, path: str, text: mi.text.Blocks) -> "mi.sae.SAEEvaluation":
+    """One autoencoder on the text."""
+    sae = mi.sae.load(path)
+    # Theirs say nothing of excluded positions: all are read at those that ours were trained on.
+    result = mi.sae.evaluate(model, with_rule_of(model, sae), text)
+    print(f"{path}\n  {result.summary()}", flush=True)
+    return result
+
+
+def with_rule_of(model: mi.HookedModel, sae: "mi.sae.SparseAutoencoder") -> "mi.sae.SparseAutoencoder":
+    """The autoencoder, read where ours are."""
+    from dataclasses import replace
+
+    sae.metadata = replace(sae.metadata, exclusion=mi.sae.Exclusion.of_model(model), model=model.info.name)
+    return sae
+
+
+def compared(ours: Sequence[Any], theirs: Sequence[Any], documents: np.ndarray) -> dict[str, Any]:
+    """Differences of FVU and of CE recovered with intervals, and whether L0 is the same."""
+
+    def mean_over_seeds(results: Sequence[Any], name: str) -> np.ndarray:
+        return np.mean([one.data[name].values for one in results], axis=0)
+
+    variance = ours[0].data["sum_variance"].values
+    error = mean_over_seeds(ours, "sum_error") - mean_over_seeds(theirs, "sum_error")
+    lost = mean_over_seeds(theirs, "sum_ce_spliced") - mean_over_seeds(ours, "sum_ce_spliced")
+    span = ours[0].data["sum_ce_mean"].values - ours[0].data["sum_ce_clean"].values
+    l0 = [[one["l0"] for one in side] for side in (ours, theirs)]
+    return {
+        "fvu": difference(error, variance, documents),
+        "ce_recovered_mean": difference(lost, span, documents),
+        "l0": l0,
+        "same_l0": bool(abs(np.mean(l0[0]) / np.mean(l0[1]) - 1) <= SAME_L0),
+        "fvu_by_seed": [[one["fvu"] for one in side] for side in (ours, theirs)],
+    }
+
+
+def shown(one: dict[str, float]) -> str:
+    """A difference with its interval."""
+    return f"{one['difference']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]"
+
+
+def difference(numerator: np.ndarray, denominator: np.ndarray, documents: np.ndarray) -> dict[str, float]:
+    """Σ numerator / Σ denominator with its interval over documents."""
+    made = bootstrap_ratio(numerator, denominator, documents)
+    return {"difference": float(made.estimate), "low": float(made.low), "high": float(made.high)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
