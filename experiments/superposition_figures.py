@@ -1,15 +1,14 @@
 """The figures of the experiment `superposition`: directions in the plane, the phase diagram, dimensionalities."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 import mechinterp as mi
-from experiments.superposition_models import FractionRow, Phases, Trained, per_feature
-from mechinterp.reporting.curves import COLOURS
-from mechinterp.reporting.layout import BOTTOM, INK, TOP, base, value_axis
+from experiments.superposition_models import Phases, Trained, per_feature
+from experiments.superposition_shapes import SHAPES, Sets
+from mechinterp.reporting.curves import COLOURS, MARKERS
+from mechinterp.reporting.layout import BOTTOM, INK, LEGEND, TOP, base, value_axis
 from mechinterp.sae import toy_models as toy
 
 PANEL = 176  # pixels
@@ -102,34 +101,40 @@ def dimensions(trained: Trained) -> go.Figure:
     return figure.update_xaxes(title_text="1/(1 − S): dense at the left, sparse at the right (log scale)")
 
 
-def dimensionalities(trained: Trained, seed: int) -> go.Figure:
-    """D_i of every represented feature over sparsity, with the published fractions as lines."""
+def dimensionalities(trained: Trained, sets: Sets, seed: int) -> go.Figure:
+    """D of every represented feature over sparsity, with the published fractions as lines; exact shapes in colour."""
     figure = go.Figure()
     across = np.log10(1 / trained.density.double().numpy())
-    jitter = np.random.default_rng(seed)
-    kept, found = toy.represented(trained.W), toy.dimensionality(trained.W)
     gap = float(np.diff(across).min()) if len(across) > 1 else 0.1
     for name, fraction in toy.STICKY_FRACTIONS.items():
         figure.add_hline(fraction, line={"color": INK, "width": 1, "dash": "dot"}, layer="below")
         figure.add_annotation(
             x=1, xref="paper", y=fraction, text=f"{name} {fraction:.3g}", showarrow=False, xanchor="left", xshift=6,
-            font={"size": 11},
+            yshift={"pentagon": 4, "square antiprism": -4}.get(name, 0), font={"size": 11},
         )  # fmt: skip
-    rows = [
-        [f"restart {r}, feature {f}", float(across[p]), f"{1 / float(trained.density[p]):.1f}", float(found[p, r, f]),
-         None, None]
-        for p, r, f in kept.nonzero().tolist()
-    ]  # fmt: skip
-    figure.add_scatter(
-        x=[row[1] + gap * jitter.uniform(-0.3, 0.3) for row in rows], y=[row[3] for row in rows], mode="markers",
-        marker={"color": COLOURS[0], "size": 4.5, "symbol": "circle"}, line={"color": COLOURS[0]}, opacity=0.55,
-        customdata=rows, text=[f"{row[0]} · 1/(1 − S) = {row[2]}" for row in rows], showlegend=False,
-        hovertemplate="<b>%{text}</b><br>D %{y:.3f}<extra></extra>",
-        meta={"kind": "curve", "columns": ["feature", "log10 1/(1 − S)", "x_label", "D", "ci_low", "ci_high"],
-              "value": "D", "title": "", "facts": []},
+    exact = {name: sets.shape(name) for name in SHAPES}
+    groups = {"in no exact shape": sets.kept & ~np.any(list(exact.values()), axis=0)} | exact
+    jitter = np.random.default_rng(seed)
+    for index, (name, which) in enumerate((name, which) for name, which in groups.items() if which.any()):
+        colour = COLOURS[(index - 1) % len(COLOURS)] if index else INK
+        rows = [
+            [f"start {r}, feature {f}, {name}", float(across[p]), f"{1 / float(trained.density[p]):.1f}",
+             float(sets.D[p, r, f]), None, None]
+            for p, r, f in np.argwhere(which).tolist()
+        ]  # fmt: skip
+        figure.add_scatter(
+            x=[row[1] + gap * jitter.uniform(-0.3, 0.3) for row in rows], y=[row[3] for row in rows], mode="markers",
+            marker={"color": colour, "size": 5, "symbol": MARKERS[index]}, line={"color": colour}, opacity=0.6,
+            customdata=rows, text=[f"{row[0]} · 1/(1 − S) = {row[2]}" for row in rows], name=name,
+            hovertemplate="<b>%{text}</b><br>D %{y:.3f}<extra></extra>",
+            meta={"kind": "curve", "columns": ["feature", "log10 1/(1 − S)", "x_label", "D", "ci_low", "ci_high"],
+                  "value": "D", "title": "", "facts": []},
+        )  # fmt: skip
+    figure.update_layout(**base("Dimensionality of every represented feature", 440 + TOP + BOTTOM))
+    figure.update_layout(
+        margin={"r": 140, "b": BOTTOM + LEGEND}, meta={"max_width": 860}, showlegend=True,
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.14, "yanchor": "top"},
     )  # fmt: skip
-    figure.update_layout(**base("Dimensionality of every represented feature", 420 + TOP + BOTTOM))
-    figure.update_layout(margin={"r": 140}, meta={"max_width": 860})
     shown = range(0, len(across), 2)
     figure.update_xaxes(
         **value_axis("1/(1 − S): dense at the left, sparse at the right"), showgrid=False, zeroline=False,
@@ -137,15 +142,3 @@ def dimensionalities(trained: Trained, seed: int) -> go.Figure:
     )  # fmt: skip
     figure.update_yaxes(**value_axis("D"), showgrid=False, range=[0, 1.05])
     return figure
-
-
-def fraction_bars(rows: Sequence[FractionRow]) -> go.Figure:
-    """Share of the features near each fraction, beside the control."""
-    return mi.reporting.bars(
-        [f"{row.name} {row.fraction:.3g}" for row in rows],
-        [float(row.share.estimate) for row in rows],
-        ci_low=[float(row.share.low) for row in rows], ci_high=[float(row.share.high) for row in rows],
-        control=[max(row.beside, row.random) for row in rows], passes=[row.clusters for row in rows],
-        title="Share of the features near each fraction", x_title="share of represented features", value="share",
-        control_name="the larger control",
-    )  # fmt: skip

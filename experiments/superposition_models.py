@@ -2,7 +2,7 @@
 
 1. *Pentagon.* Five features of falling importance in two dimensions, from dense to sparse.
 2. *Phases.* Two features in one dimension, over sparsity and the importance of the second, beside the theory.
-3. *Uniform.* Many features, all alike: dimensions per feature, and the dimensionality of each.
+3. *Uniform.* Many features, all alike: dimensions per feature (superposition_shapes.py has the rest).
 
 Controls: the same models without a ReLU, and the same lengths in random directions.
 """
@@ -19,9 +19,9 @@ from torch import Tensor
 from mechinterp.sae import toy_models as toy
 from mechinterp.statistics import Interval, bootstrap_ratio
 
-#: Half the width of the window around a fraction in which a feature's dimensionality counts as lying on it.
-NEAR = 0.01
 CONTROL_DRAWS = 16
+LINEAR_STEPS = 2000
+"""Models without a ReLU settle early: more steps than these are not taken."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,33 @@ def train_family(d_hidden: int, density: Sequence[float], importance: Tensor, re
     repeated = [one for one in density for _ in range(restarts)]
     models = toy.ToyModels(n_features, d_hidden, repeated, importance.repeat_interleave(restarts, 0), seed=how.seed)
     linear = toy.ToyModels(n_features, d_hidden, density, importance, relu=False, seed=how.seed)
-    for one in (models, linear):
-        toy.train(one, how.steps, how.batch, how.learning_rate, how.seed)
+    toy.train(models, how.steps, how.batch, how.learning_rate, how.seed)
+    toy.train(linear, min(how.steps, LINEAR_STEPS), how.batch, how.learning_rate, how.seed)
     return Trained(
         W=models.W.detach().unflatten(0, shape),
         density=torch.tensor(list(density)),
         loss=toy.held_out_loss(models, seed=how.seed + 1).view(shape),
         linear=linear.W.detach(),
     )
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Models whose features are all alike: sizes, and densities with 1/(1 − S) from 1 to `sparsest` in equal ratios."""
+
+    n_features: int
+    d_hidden: int
+    densities: int
+    restarts: int
+    how: Training
+    sparsest: float = 20.0
+
+    def train(self) -> Trained:
+        """All of them."""
+        density = geometric(1.0, 1 / self.sparsest, self.densities)
+        return train_family(
+            self.d_hidden, density, torch.ones(self.densities, self.n_features), self.restarts, self.how
+        )
 
 
 def geometric(first: float, last: float, n: int) -> list[float]:
@@ -204,80 +223,6 @@ def read_phases(trained: Trained, importance: Sequence[float], density: Sequence
 
 
 # ---- many features that are all alike ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FractionRow:
-    """How many represented features have a dimensionality near one fraction. Intervals are over models.
-
-    Attributes:
-        share: of the represented features within `NEAR` of the fraction.
-        beside: the share that the dimensionalities just outside of the window let expect in it.
-        random: the share of the same lengths in random directions.
-        excess: share less `beside`.
-        clusters: whether the share is above both: the intervals of both differences lie above 0.
-    """
-
-    name: str
-    fraction: float
-    share: Interval
-    beside: float
-    random: float
-    excess: Interval
-    clusters: bool
-
-
-def fraction_rows(trained: Trained, seed: int) -> list[FractionRow]:
-    """A row a published fraction, over all densities and restarts."""
-    W = trained.W.flatten(0, 1)
-    generator = torch.Generator().manual_seed(seed)
-    random = [toy.dimensionality(toy.random_directions(W, generator)) for _ in range(CONTROL_DRAWS)]
-    kept = toy.represented(W).numpy()
-    usable = kept.any(1)  # a model that represents nothing has no share
-    found = toy.dimensionality(W).numpy()
-    return [
-        _fraction_row(name, found[usable], [one.numpy()[usable] for one in random], kept[usable])
-        for name in toy.STICKY_FRACTIONS
-    ]
-
-
-def _fraction_row(name: str, found: np.ndarray, random: list[np.ndarray], kept: np.ndarray) -> FractionRow:
-    fraction = toy.STICKY_FRACTIONS[name]
-    total = kept.sum(1)
-    near = _within(found, fraction, kept)
-    beside = _expected(found, fraction, kept)
-    null = np.mean([_within(one, fraction, kept) for one in random], axis=0)
-    over_beside, over_random = bootstrap_ratio(near - beside, total), bootstrap_ratio(near - null, total)
-    return FractionRow(
-        name=name,
-        fraction=fraction,
-        share=bootstrap_ratio(near, total),
-        beside=float(beside.sum() / total.sum()),
-        random=float(null.sum() / total.sum()),
-        excess=over_beside,
-        clusters=bool(over_beside.low > 0 and over_random.low > 0),
-    )
-
-
-def _within(values: np.ndarray, fraction: float, kept: np.ndarray) -> np.ndarray:
-    """`[model]` number of represented features in the window."""
-    return ((np.abs(values - fraction) <= NEAR) & kept).sum(1).astype(float)
-
-
-def _expected(values: np.ndarray, fraction: float, kept: np.ndarray) -> np.ndarray:
-    """`[model]` number to expect in the window, from the density of values up to two windows beside it.
-
-    The windows of all fractions are left out there, and what lies above 1, where no dimensionality can be.
-    """
-    line = np.arange(0, 1, 1e-4)
-    length = (_beside(line, fraction)).sum() * 1e-4
-    window = min(fraction + NEAR, 1) - (fraction - NEAR)
-    return (_beside(values, fraction) & kept).sum(1) * (window / length)
-
-
-def _beside(values: np.ndarray, fraction: float) -> np.ndarray:
-    near_any = np.any([np.abs(values - one) <= NEAR for one in toy.STICKY_FRACTIONS.values()], axis=0)
-    return (np.abs(values - fraction) <= 5 * NEAR) & ~near_any & (values <= 1)
 
 
 def per_feature(trained: Trained) -> tuple[Interval, np.ndarray]:

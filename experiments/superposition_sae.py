@@ -94,7 +94,7 @@ def normal_chunks(chunks: SampledChunks, seed: int) -> SampledChunks:
 def autoencoder(chunks: SampledChunks, d_sae: int, k: int, n_tokens: int, seed: int) -> Tensor:
     """`[learned hidden]` decoder of an autoencoder trained on the chunks."""
     source = Source(
-        (Job("toy", ("toy",), ("toy",), Metadata(model="toy")),), ShuffleBuffer(chunks, BUFFER, BATCH, seed), {}, {}
+        (Job("toy", ("toy",), ("toy",), Metadata(model="toy")),), ShuffleBuffer(chunks, BUFFER, BATCH, seed), dict, {}
     )
     with TemporaryDirectory() as folder:
         config = TrainConfig(

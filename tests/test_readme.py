@@ -10,7 +10,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 @pytest.mark.real_model
-def test_the_example_runs(monkeypatch, capsys):
+def test_the_example_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)  # it trains into runs/
     shown = []
     monkeypatch.setattr(go.Figure, "show", lambda self: shown.append(self))
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -18,7 +18,6 @@ from mechinterp.sae.autoencoder import SparseAutoencoder
 from mechinterp.sae.distributed import Processes
 from mechinterp.text import Blocks, cut, documents
 
-
 PER_DOCUMENT = 4  # blocks of one document at most: intervals are over documents
 
 

@@ -9,6 +9,7 @@ All sites of a run come from one pass of the model. Each process reads documents
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,21 @@ class Source:
     Attributes:
         jobs: what is trained on them.
         buffer: gives the batches.
-        held_out: hook name -> `[token d]` that no batch has; empty where there is none.
+        hold_out: gives what `held_out` is, when it is first asked for.
         origin: what a checkpoint must share: text, weights, sites; plain values.
         harvest: counts tokens; None where no model runs.
     """
 
     jobs: tuple[Job, ...]
     buffer: ShuffleBuffer
-    held_out: Mapping[str, Tensor]
+    hold_out: Callable[[], Mapping[str, Tensor]]
     origin: Mapping[str, Any]
     harvest: Harvest | None = None
+
+    @cached_property
+    def held_out(self) -> Mapping[str, Tensor]:
+        """Hook name -> `[token d]`, float32, that no batch has; empty where there is none."""
+        return {name: rows.to(self.buffer.device or rows.device).float() for name, rows in self.hold_out().items()}
 
     def batch(self) -> dict[str, Tensor]:
         """Hook name -> `[batch d]`, float32. Raises StopIteration at the end of a finite source."""
@@ -215,11 +221,10 @@ def _from_text(config: TrainConfig, model: HookedModel, processes: Processes) ->
         "sites": [site.hook_name for site in sites(config, model)],
         "exclusion": exclusion.to_json(),
     }
-    held_out = held_out_of(config, model, config.eval_tokens) if config.eval_every != 0 else {}
     return Source(
         jobs(config, layers, metadata),
         ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
-        {name: rows.to(device).float() for name, rows in held_out.items()},
+        partial(held_out_of, config, model, config.eval_tokens) if config.eval_every != 0 else dict,
         origin,
         harvest,
     )
@@ -271,17 +276,21 @@ def _from_store(config: TrainConfig, folder: Path, model: HookedModel | None, pr
     store.require(name, weights, names, context=config.context)
     device = processes.device(config.device)
     chunks = store.chunks(config.seed, (processes.rank, processes.size), names)
-    held_out = {}
-    if config.eval_every != 0 and (folder / HELD_OUT).is_dir():
-        rows = Store.open(folder / HELD_OUT).chunks(hook_names=names, endless=False, chunk_tokens=config.eval_tokens)
-        held_out = {name: one.to(device).float() for name, one in rows.chunk().items()}
     size = config.buffer // processes.size
     return Source(
         made,
         ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
-        held_out,
+        partial(_held_out_beside, folder, names, config) if config.eval_every != 0 else dict,
         {"store": store.manifest.digest, "sites": names},
     )
+
+
+def _held_out_beside(folder: Path, names: list[str], config: TrainConfig) -> dict[str, Tensor]:
+    """What was harvested from held-out text together with the store; nothing where it is not there."""
+    if not (folder / HELD_OUT).is_dir():
+        return {}
+    store = Store.open(folder / HELD_OUT)
+    return store.chunks(hook_names=names, endless=False, chunk_tokens=config.eval_tokens).chunk()
 
 
 # ---- a known dictionary --------------------------------------------------------------------------------------------
@@ -294,11 +303,11 @@ def synthetic_source(dictionary: KnownDictionary, config: TrainConfig, processes
     # Streams of their own for every process, and for what is held out.
     chunks = dictionary.chunks(seed=1 + config.seed * 1_000 + processes.rank)
     size = config.buffer // processes.size
-    held_out = dictionary.chunks(config.eval_tokens, seed=config.seed * 1_000).chunk()
+    held_out = dictionary.chunks(config.eval_tokens, seed=config.seed * 1_000)
     return Source(
         (Job("toy", ("toy",), ("toy",), Metadata(model="toy", text=repr(dictionary))),),
         ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
-        {name: rows.to(device) for name, rows in held_out.items()},
+        held_out.chunk,
         {"dictionary": repr(dictionary)},
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mechinterp.sae import kernels
-from mechinterp.sae.autoencoder import Codes, Objective, SAEConfig, SparseAutoencoder
+from mechinterp.sae.autoencoder import Codes, Objective, SAEConfig, SparseAutoencoder, squared_error
 from mechinterp.sae.kernels import Encoded, Entries
 from mechinterp.sae.metadata import Metadata
 from mechinterp.sae.straight_through import JumpReLUFunction, StepFunction
@@ -82,7 +82,7 @@ class Gated(SparseAutoencoder):
             alone = alone + x @ self.W_skip.detach().T
         return {
             "l1": objective.sparsity * (gate * norms).sum() / objective.n,
-            "aux": (y - alone).square().sum() / objective.n,
+            "aux": squared_error(y, alone) / objective.n,
         }
 
     def scale_features(self, factor: Tensor) -> None:
@@ -125,18 +125,18 @@ class TopK(SparseAutoencoder):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if encoded.also is None:
             made = self.decode(codes, x)
-            return made, {"fvu": (y - made).square().sum() / objective.variance}
+            return made, {"fvu": squared_error(y, made) / objective.variance}
         assert objective.dead is not None
         dead = _largest(encoded.also.relu(), objective.k_aux)
         made, revived = codes.selection.decode_with(codes.values, self.W_dec, objective.dead, dead)
         made = self.with_biases(made, x)
-        losses = {"fvu": (y - made).square().sum() / objective.variance}
-        return made, losses | {"auxk": _auxk(y - made.detach() - revived, objective)}
+        losses = {"fvu": squared_error(y, made) / objective.variance}
+        return made, losses | {"auxk": _auxk(y - made.detach(), revived, objective)}
 
 
-def _auxk(left: Tensor, objective: Objective) -> Tensor:
-    """The loss of what dead features, too, left over `[batch d_out]` of the error."""
-    return objective.aux * left.square().sum() / objective.variance
+def _auxk(missed: Tensor, revived: Tensor, objective: Objective) -> Tensor:
+    """The loss of what dead features make `[batch d_out]` of what the others missed."""
+    return objective.aux * squared_error(missed, revived) / objective.variance
 
 
 class BatchTopK(TopK):
@@ -190,11 +190,11 @@ class Matryoshka(BatchTopK):
         for rows, (low, high) in zip(parts, pairwise(spans), strict=True):
             values, selection = codes.selection.between(codes.values, low, high)
             made = made + selection.decode(values, rows)
-            errors.append((y - made).square().sum() / objective.variance)
+            errors.append(squared_error(y, made) / objective.variance)
         losses = {"fvu": torch.stack(errors).mean()}
         if encoded.also is not None and objective.dead is not None:
             revived = _largest(encoded.also.relu(), objective.k_aux) @ self.W_dec.index_select(0, objective.dead)
-            losses["auxk"] = _auxk(y - made.detach() - revived, objective)
+            losses["auxk"] = _auxk(y - made.detach(), revived, objective)
         return made, losses
 
 

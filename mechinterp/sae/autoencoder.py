@@ -278,7 +278,7 @@ class SparseAutoencoder(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstruction and the loss terms by name; the squared error is `mse`, summed over the width."""
         made = self.decode(codes, x)
-        losses = {"mse": (y - made).square().sum() / objective.n}
+        losses = {"mse": squared_error(y, made) / objective.n}
         return made, losses | self.penalties(x, y, encoded, codes, objective)
 
     def penalties(
@@ -343,6 +343,11 @@ class SparseAutoencoder(nn.Module):
         """Multiply what is added to or compared with pre-activations, whose weights were multiplied already."""
         if self.b_enc is not None:
             self.b_enc.mul_(factor)
+
+
+def squared_error(y: Tensor, made: Tensor) -> Tensor:
+    """Σ (y − ŷ)² over all entries, in one pass."""
+    return torch.nn.functional.mse_loss(made, y, reduction="sum")
 
 
 def geometric_median(points: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -148,6 +148,9 @@ class TrainConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, (Path(value),) if isinstance(value, str | Path) else tuple(value))
         object.__setattr__(self, "text", tuple(Path(one) for one in self.text))
+        for name in ("store", "out"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
         self._check_types()
         self._check_sources()
         self._check_shape()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, max_pool1d
 
 GROUP = 16  # features of a group of `top_k`
 DENSE = 0.05  # share of the pairs above which dense products are quicker
@@ -311,13 +311,12 @@ def top_k_index(pre: Tensor, k: int) -> Tensor:
     groups = n_features // GROUP
     if n_features % GROUP or k > groups // 2:
         return pre.topk(k, sorted=False).indices
-    # Group g holds the features g, g + groups, g + 2 · groups, …: a maximum over the outer axis reads memory in order.
-    grouped = pre.view(batch, GROUP, groups)
-    best = grouped.amax(1).topk(k, sorted=False).indices
-    inside = grouped.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)
+    best = max_pool1d(pre[:, None], GROUP)[:, 0].topk(k, sorted=False).indices
+    group = best + torch.arange(0, batch * groups, groups, device=pre.device)[:, None]
+    inside = pre.view(-1, GROUP).index_select(0, group.flatten()).view(batch, k * GROUP)
     local = inside.topk(k, sorted=False).indices
-    member = torch.div(local, k, rounding_mode="floor")
-    return member * groups + best.gather(1, local - member * k)
+    chosen = torch.div(local, GROUP, rounding_mode="floor")
+    return best.gather(1, chosen) * GROUP + local - chosen * GROUP
 
 
 def above(pre: Tensor, bound: Tensor) -> Entries | None:

@@ -1,5 +1,6 @@
-"""What a table of activations takes, asked before it is allocated."""
+"""Memory: what a table of activations takes, asked before it is allocated; and how a training process keeps its own."""
 
+import ctypes
 from collections.abc import Mapping
 
 import psutil
@@ -32,3 +33,19 @@ def require_memory(what: str, size: int, widths: Mapping[str, int], dtype: torch
             f"{what} of {size:,} tokens at {len(widths)} sites would take {asked / 1e9:.2f} GB of the "
             f"{free / 1e9:.2f} GB free on {device}; at most {fits:,} tokens would fit into four fifths of it"
         )
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On the CPU, let this process keep the memory that it frees, where its C library is glibc.
+
+    A step frees tables of tens of megabytes and asks for the same again. By default each goes back to the system, and
+    comes anew page by page: a fifth of the time of a step.
+    """
+    if device.type != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
+    mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD: smaller ones come from the heap,
+    mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD: whose free end is kept up to this size

@@ -162,11 +162,6 @@ def held_out_loss(models: ToyModels, n: int = 4096, seed: int = 1) -> Float[Tens
     return models.loss(models.sample(n, torch.Generator().manual_seed(seed)))
 
 
-def lowest_of(loss: Float[Tensor, "restart cell"]) -> Int[Tensor, " cell"]:
-    """Which restart of each cell has the lowest loss."""
-    return loss.argmin(0)
-
-
 # ---- geometry ------------------------------------------------------------------------------------------------------
 
 
@@ -228,11 +223,6 @@ def polygon_deviation(W: Float[Tensor, "hidden feature"]) -> float:
 def is_polygon(W: Float[Tensor, "hidden feature"], corners: int, tolerance: float = 5.0) -> bool:
     """Whether exactly `corners` features are represented, and form a regular polygon to `tolerance` degrees."""
     return int(represented(W).sum()) == corners and polygon_deviation(W) <= tolerance
-
-
-def share_near(values: Float[Tensor, "*any"], fraction: float, half_width: float = 0.01) -> float:
-    """Share of the values within `half_width` of a fraction."""
-    return float(((values - fraction).abs() <= half_width).float().mean()) if values.numel() else 0.0
 
 
 def random_directions(

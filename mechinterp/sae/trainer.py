@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp.sae.autoencoder import Objective, Output, SparseAutoencoder
+from mechinterp.sae.autoencoder import Objective, Output, SparseAutoencoder, squared_error
 from mechinterp.sae.config import TrainConfig
 from mechinterp.sae.distributed import Processes
 
@@ -77,7 +77,7 @@ class Trainer:
         output.loss.backward()
         self._gather_gradients()
         self.sae.project_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
+        norm = self._clip()
         self.optimizer.step()
         self.sae.renormalise()
         self._count(y, output, objective, norm)
@@ -131,6 +131,15 @@ class Trainer:
             if parameter.grad is not None:
                 self.processes.sum(parameter.grad)
 
+    def _clip(self) -> Tensor:
+        """Bring the gradient to norm `clip` at most; the norm that it had."""
+        parameters = [one for one in self.sae.parameters() if one.grad is not None]
+        norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+        # On the CPU to look is cheaper than to multiply by 1; elsewhere to look is to wait.
+        if norm.device.type != "cpu" or norm > self.config.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
+        return norm
+
     @torch.no_grad()
     def _count(self, y: Tensor, output: Output, objective: Objective, norm: Tensor) -> None:
         self.steps += 1
@@ -138,7 +147,7 @@ class Trainer:
         self.since_fired += objective.n
         self.since_fired[fired] = 0
         found = {f"loss_{name}": value.detach() for name, value in output.losses.items()}
-        found["fvu"] = (y - output.reconstruction.detach()).square().sum() / objective.variance
+        found["fvu"] = squared_error(y, output.reconstruction.detach()) / objective.variance
         found["l0"] = output.codes.l0() / objective.n
         for name, value in found.items():
             self._sums[name] = self._sums.get(name, 0.0) + value

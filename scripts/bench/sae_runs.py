@@ -27,6 +27,8 @@ from mechinterp.sae.trainer import Trainer
 from mechinterp.sae.training import train
 
 SAME = 1e-5
+Clock = Callable[[], float]
+NEVER = 10**9  # tokens: steps that revive features cost more, and apart they would have others to revive
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Watched(Source):
 
     started: float | None = None
     before = 0.0
-    clock = staticmethod(time.perf_counter)
+    clock: Clock = time.perf_counter
 
     def batch(self) -> dict[str, Tensor]:
         if self.started is None:
@@ -114,12 +116,12 @@ def training(model: HookedModel, size: Run, folder: Path, ahead: bool = False) -
     config = TrainConfig(
         model="smollm2-135m", layer=(size.layer,), d_sae=size.d_sae, batch=size.batch, context=size.context,
         n_tokens=size.steps * size.batch, buffer=size.buffer, harvest_blocks=size.blocks, eval_every=0,
-        checkpoint_every=0, device="cpu", out=folder / f"{size.layer}-{ahead}",
+        checkpoint_every=0, device="cpu", dead_after=NEVER, out=folder / f"{size.layer}-{ahead}",
     )  # fmt: skip
     apart = Apart(config, model)
     first = apart.measure(clock)
     source = Watched(**vars(open_source(config, model, Processes())))
-    source.clock = clock
+    source.clock = clock  # of the instance: nothing is bound to it
     if ahead:  # as far as a training run on two devices is
         n = max(1, size.buffer // 2 // (size.blocks * (size.context - 1)))
         source.buffer.chunks = Ahead(source.harvest, n)  # type: ignore[arg-type]
@@ -153,7 +155,7 @@ class Apart:
         self.trainer = Trainer(sae, config.resolved(d), (scale, scale))
         self.trainer.step(self.x)
 
-    def measure(self, clock: Callable[[], float], n: int = 5) -> tuple[float, float]:
+    def measure(self, clock: Clock, n: int = 5) -> tuple[float, float]:
         """Milliseconds of a chunk and of a step, medians."""
         chunks, steps = [], []
         for _ in range(n):

@@ -24,7 +24,7 @@ from mechinterp.sae.trainer import Trainer
 STEPS = 1_000_000  # that schedules are made for: rates stay near 0, and with them the weights as they are
 DEAD = 10**9  # tokens since it fired, of a dead feature
 CLEAR = 1e-4  # by which the last chosen pre-activation must exceed the next, to be chosen by everyone
-SAME_LOSS, SAME_RECONSTRUCTION = 1e-5, 1e-4
+SAME_DENSE, SAME_RECONSTRUCTION = 1e-5, 1e-4
 # program, environment, arguments, and how many times as fast ours must be
 PEERS = {
     "SAELens": ("sae_lens.py", "sae-lens", (), 5.0),
@@ -97,7 +97,8 @@ class Setting:
         """Ours. Dead features have small encoder rows: half of their pre-activations are positive, none is chosen."""
         sae, shape = self.autoencoder(architecture), self.shape
         config = TrainConfig(
-            model="none", architecture=architecture, d_sae=shape.d_sae, k=shape.k, batch=shape.batch,
+            model="none", architecture=architecture,  # type: ignore[arg-type]
+            d_sae=shape.d_sae, k=shape.k, batch=shape.batch,
             n_tokens=STEPS * shape.batch, warm_up=1.0, decay=0.0, autocast=autocast,
         )  # fmt: skip
         made = Trainer(sae, config.resolved(shape.d_in), (torch.ones(1), torch.ones(1)))
@@ -227,11 +228,12 @@ def _beside(
     least: float, limit: float | None, shape: Shape,
 ) -> Outcome:  # fmt: skip
     """Ours beside a peer or our dense step; another architecture of ours beside TopK."""
-    left, right = (name, "topk") if name not in ("batchtopk", "jumprelu") else ("topk", name)
+    another = name in ("batchtopk", "jumprelu")
+    left, right = ("topk", name) if another else (name, "topk")
     return Outcome(
-        f"step {name}" if right != "topk" else "step", f"{left} (ours)" if name in gaps and right != "topk" else left,
-        threads, median(times[left]), median(times[right]), paired(times[left], times[right]), limit, None, least,
-        max_rel_diff=gaps.get(name, gaps["topk"]), tolerance=SAME_RECONSTRUCTION if name in PEERS else SAME_LOSS,
+        f"step {right}", left if name in PEERS else f"our {left} step", threads, median(times[left]),
+        median(times[right]), paired(times[left], times[right]), limit, None, least,
+        max_rel_diff=gaps.get(name, gaps["topk"]), tolerance=SAME_RECONSTRUCTION if name in PEERS else SAME_DENSE,
         other_peak_bytes=peaks[left], ours_peak_bytes=peaks[right], what=str(shape),
     )  # fmt: skip
 
@@ -244,7 +246,7 @@ def auxk(setting: Setting, threads: int) -> Outcome:
     return Outcome(
         "auxk", "a step without dead features", threads, median(times["without"]), median(times["with"]),
         paired(times["with"], times["without"]), at_most=1.15, max_rel_diff=dense_gap(setting, n_dead=shape.dead),
-        tolerance=SAME_LOSS, other_peak_bytes=peaks["without"], ours_peak_bytes=peaks["with"],
+        tolerance=SAME_DENSE, other_peak_bytes=peaks["without"], ours_peak_bytes=peaks["with"],
         what=f"{shape.dead} dead, {shape}",
     )  # fmt: skip
 

@@ -230,7 +230,7 @@ def test_a_checkpoint_of_other_text_of_the_same_name_is_refused(of, text, tmp_pa
     config = settings(of, tmp_path / "run", text=(changed,))
     train(config, model=of, progress=False)
     changed.write_text(text.read_text().replace("a", "b"))
-    with pytest.raises(UserError, match="checkpoint of another text hash"):
+    with pytest.raises(UserError, match="of another text hash"):
         train(config, model=of, resume=True, progress=False)
 
 

@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_source_is_refused(tmp_path):
     settings = config(tmp_path)
     run(settings)
     other = synthetic_source(replace(TOY, density=0.1), settings)
-    with pytest.raises(UserError, match="checkpoint of another dictionary"):
+    with pytest.raises(UserError, match="of another dictionary"):
         train(settings, source=other, resume=True, progress=False)
 
 
@@ -133,6 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, c
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
+    (tmp_path / "damaged/manifest.json").unlink()  # which says that it has ended
     run(config(tmp_path / "damaged"), resume=True)
     assert "training.safetensors is damaged" in capsys.readouterr().out
     pairs = zip(weights(tmp_path / "whole").values(), weights(tmp_path / "damaged").values(), strict=True)
@@ -209,7 +210,7 @@ def test_another_run_without_a_checkpoint_is_not_written_over(tmp_path):
 
 def test_no_held_out_activations_and_no_evaluations(tmp_path):
     settings = config(tmp_path)
-    source = replace(synthetic_source(TOY, settings), held_out={})
+    source = replace(synthetic_source(TOY, settings), hold_out=dict)
     assert train(settings, source=source, progress=False).held_out == {}
     assert "held_out" not in (tmp_path / "log.jsonl").read_text()
 
@@ -229,14 +230,20 @@ def test_activations_that_no_scale_fits_are_refused(tmp_path, monkeypatch, value
 
 def test_a_step_whose_gradient_is_not_finite_is_not_kept(tmp_path, monkeypatch):
     """The loss is finite, and the weights after this step would not be: the last step of all shows it nowhere else."""
-    clip, steps = torch.nn.utils.clip_grad_norm_, []
+    total, steps = torch.nn.utils.get_total_norm, []
 
-    def spoiled(parameters, most):
+    def spoiled(gradients):
         steps.append(1)
-        norm = clip(parameters, most)
-        return norm * torch.nan if len(steps) == 40 else norm
+        return total(gradients) * (torch.nan if len(steps) == 40 else 1)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", spoiled)
     with pytest.raises(UserError, match="not finite at step 40; the last good checkpoint is"):
         run(config(tmp_path))
     assert not (tmp_path / "sae").exists()
+
+
+def test_a_run_that_has_ended_is_loaded(tmp_path, monkeypatch):
+    made = run(config(tmp_path))
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("it trained again"))
+    again = run(config(tmp_path), resume=True)
+    assert again.held_out == made.held_out and torch.equal(again.sae.W_dec, made.sae.W_dec)

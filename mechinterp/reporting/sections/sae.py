@@ -105,8 +105,6 @@ def features_section(features: Features, dashboard: str = "", n: int = 12) -> Se
     """The top rows, and a pointer to the dashboard."""
     frame = features.top(n)
     rows = tuple(tuple(plain(value) for value in row) for row in frame.itertuples(index=False))
-    text = features.summary() + (
-        f" All of them, with contexts, are in {dashboard} beside this page." if dashboard else ""
-    )
+    pointer = f" All of them, with contexts, are in {dashboard} beside this page." if dashboard else ""
     table: Any = Table(tuple(map(str, frame.columns)), rows, "the features of largest total activation", n)
     return Section("What features are about", features.summary() + pointer, table=table)
