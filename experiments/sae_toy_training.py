@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.superposition_sae import normal_chunks
-from mechinterp.sae.activations import Source, synthetic_source
+from mechinterp.sae.activations import Source, source_of, synthetic_source
 from mechinterp.sae.architectures import make
 from mechinterp.sae.autoencoder import SAEConfig, SparseAutoencoder
-from mechinterp.sae.buffer import ShuffleBuffer
 from mechinterp.sae.config import TOP_K, TrainConfig
 from mechinterp.sae.synthetic import KnownDictionary, cosine_matrix, greedy_matching
 from mechinterp.sae.training import train
@@ -117,7 +116,7 @@ def learn(name: str, sizes: Sizes) -> Learned:
             config = sizes.settings(architecture, seed, Path(folder) / "sae")
             source = synthetic_source(truth, config)
             if name == NORMAL:
-                source = normal_source(source, truth, config)
+                source = normal_source(truth, config)
             sae = train(config, source=source, progress=False).sae
         test = truth.sample(sizes.test_tokens, torch.Generator().manual_seed(seed + 2**20)).activations
         made.append((sae.W_dec.detach().clone(), fresh(config, sizes.d), *error_and_l0(sae, test)))
@@ -125,10 +124,10 @@ def learn(name: str, sizes: Sizes) -> Learned:
     return Learned(torch.stack(decoders), torch.stack(untrained), torch.tensor(fvu), torch.tensor(l0))
 
 
-def normal_source(source: Source, truth: KnownDictionary, config: TrainConfig) -> Source:
+def normal_source(truth: KnownDictionary, config: TrainConfig) -> Source:
     """Normal activations with the mean and the covariance of the dictionary's: no sparse features are in them."""
     chunks = normal_chunks(truth.chunks(seed=config.seed + 1), config.seed + 2)
-    return Source(source.jobs, ShuffleBuffer(chunks, config.buffer, config.batch, config.seed), dict, {"normal": True})
+    return source_of(chunks, "toy", config, {"normal": True})
 
 
 def fresh(config: TrainConfig, d: int) -> Tensor:

@@ -179,15 +179,15 @@ def dimensions_section(found: Found) -> "mi.reporting.Section":
         "Many features that are all alike: dimensions per feature",
         "The vector of a feature that is represented is about 1 long, so ‖W‖² counts them, and m / ‖W‖² is what each "
         "has of the m dimensions. Dense features fill the dimensions as in PCA, without a choice: each is there a "
-        f"little (√(m/n) = {(d / n) ** 0.5:.2f} long) and none is represented. Sparser ones are chosen; the curve falls "
+        f"little (√(m/n) = {(d / n) ** 0.5:.2f} long) and none is represented. Sparser ones are; the curve falls "
         "to a shelf at 1/2, where features come in antipodal pairs, and on to "
         f"{float(ends.estimate[-1]):.2f} at the sparse end. The models without a ReLU stay at 1.",
         figures=(draw.dimensions(found.uniform),),
         table=mi.reporting.Table(
             columns, rows,
             f"represented: mean over {found.uniform.W.shape[1]} starts. The last columns are of the next section, "
-            "5 in 2 the pentagon: how many features are in exact shapes, of those in sets of as many features and dimensions; in "
-            "all starts together.",
+            "5 in 2 the pentagon: how many features are in exact shapes, of those in sets of as many features and "
+            "dimensions; in all starts together.",
             max_rows=40,
         ),
     )  # fmt: skip
@@ -199,7 +199,7 @@ def shapes_section(found: Found) -> "mi.reporting.Section":
                "of these in such sets")  # fmt: skip
     rows = tuple(
         ("{} ({} in {})".format(row.name, *SHAPES[row.name]), row.fraction, row.alike,
-         f"{row.low:.3f} to {row.high:.3f}" if row.alike else "–", row.exact, row.random,
+         f"{row.low:.2f} to {row.high:.2f}" if row.alike else "–", row.exact, row.random,
          row.near, row.near_alike)
         for row in found.shapes
     )  # fmt: skip
@@ -276,7 +276,8 @@ def apart_section(found: Found) -> "mi.reporting.Section":
         "The control is the same autoencoder on normal activations with the same mean and covariance. They have the "
         "same shape as a whole, but are no sums of few directions: what it reaches, it reaches by placing many "
         "directions in few dimensions.\n\n"
-        f"{apart_text(found.apart, found.recoveries)}",
+        f"{apart_text(found.apart, found.recoveries)} The denser the features, the more of them are active at once "
+        f"(k in the table) in {d} dimensions.",
         table=mi.reporting.Table(
             columns, rows,
             "Intervals are 95%, over the represented features. Recovered: cosine of at least 0.9. k: features a "
@@ -287,13 +288,12 @@ def apart_section(found: Found) -> "mi.reporting.Section":
 
 def apart_text(apart: TakenApart, recoveries: list[tuple[Recovery, Recovery]]) -> str:
     """What the autoencoders recover, in a sentence."""
-    said = [
-        f"{ours.recovered.estimate:.0%} at 1 − S = {density:.2g} (mean max cosine {ours.mean_max_cosine.estimate:.2f}, "
-        f"on normal activations {normal.mean_max_cosine.estimate:.2f})"
-        for density, (ours, normal) in zip(apart.density.tolist(), recoveries, strict=True)
+    shares = [
+        f"{ours.recovered.estimate:.0%} (1 − S = {p:.2g})"
+        for p, (ours, _) in zip(apart.density.tolist(), recoveries, strict=True)
     ]
     most = max(float(normal.recovered.estimate) for _, normal in recoveries)
     return (
-        f"Of the directions of represented features, sparse autoencoders on the hidden activations recover "
-        f"{', '.join(said)}; {most:.0%} at most on normal activations."
+        "Of the represented features' directions, sparse autoencoders on the hidden activations recover "
+        f"{', '.join(shares)}; on normal activations {most:.0%} at most."
     )

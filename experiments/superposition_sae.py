@@ -17,10 +17,8 @@ from torch import Tensor
 
 from experiments.superposition_models import Training, train_family
 from mechinterp.sae import toy_models as toy
-from mechinterp.sae.activations import Job, Source
-from mechinterp.sae.buffer import ShuffleBuffer
+from mechinterp.sae.activations import source_of
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.metadata import Metadata
 from mechinterp.sae.synthetic import Recovery, SampledChunks, recovery
 from mechinterp.sae.training import train
 
@@ -93,13 +91,10 @@ def normal_chunks(chunks: SampledChunks, seed: int) -> SampledChunks:
 
 def autoencoder(chunks: SampledChunks, d_sae: int, k: int, n_tokens: int, seed: int) -> Tensor:
     """`[learned hidden]` decoder of an autoencoder trained on the chunks."""
-    source = Source(
-        (Job("toy", ("toy",), ("toy",), Metadata(model="toy")),), ShuffleBuffer(chunks, BUFFER, BATCH, seed), dict, {}
-    )
     with TemporaryDirectory() as folder:
         config = TrainConfig(
             model="toy", architecture="topk", d_sae=d_sae, k=k, n_tokens=n_tokens, batch=BATCH, buffer=BUFFER,
             eval_every=0, checkpoint_every=0, seed=seed, device="cpu", out=Path(folder) / "sae",
         )  # fmt: skip
-        run = train(config, source=source, progress=False)
+        run = train(config, source=source_of(chunks, "toy", config, {}), progress=False)
         return run.sae.W_dec.detach().clone()

@@ -128,7 +128,7 @@ def shape_rows(trained: Trained, seed: int) -> list[ShapeRow]:
     rows = []
     for name, fraction in toy.STICKY_FRACTIONS.items():
         alike, exact, near = found.shape(name, exact=False), found.shape(name), found.near(name)
-        where = exact.any((1, 2)).nonzero()[0].tolist()
+        where = np.flatnonzero(exact.sum((1, 2))).tolist()
         row = ShapeRow(
             name=name,
             fraction=fraction,

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechinterp.sae.activations import Source, synthetic_source
+    from mechinterp.sae.activations import Source, source_of, synthetic_source
     from mechinterp.sae.architectures import make
     from mechinterp.sae.attribution import attribute
     from mechinterp.sae.autoencoder import Objective, Output, SAEConfig, SparseAutoencoder
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Public name -> module that holds it. The settings come without torch, for the command line.
 _HOMES = {
     "Source": "activations",
+    "source_of": "activations",
     "synthetic_source": "activations",
     "make": "architectures",
     "attribute": "attribution",
@@ -80,6 +81,7 @@ __all__ = [
     "save",
     "save_saelens",
     "save_sparsify",
+    "source_of",
     "synthetic_source",
     "train",
     "write_store",

@@ -299,17 +299,35 @@ def _held_out_beside(folder: Path, names: list[str], config: TrainConfig) -> dic
 def synthetic_source(dictionary: KnownDictionary, config: TrainConfig, processes: Processes | None = None) -> Source:
     """Activations whose features are known, in the place of a model's; one site, "toy"."""
     processes = processes or Processes.started()
-    device = processes.device(config.device)
     # Streams of their own for every process, and for what is held out.
     chunks = dictionary.chunks(seed=1 + config.seed * 1_000 + processes.rank)
-    size = config.buffer // processes.size
     held_out = dictionary.chunks(config.eval_tokens, seed=config.seed * 1_000)
-    return Source(
-        (Job("toy", ("toy",), ("toy",), Metadata(model="toy", text=repr(dictionary))),),
-        ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
-        held_out.chunk,
-        {"dictionary": repr(dictionary)},
-    )
+    return source_of(chunks, "toy", config, {"dictionary": repr(dictionary)}, held_out.chunk, processes)
+
+
+def source_of(
+    chunks: Chunks,
+    site: str,
+    config: TrainConfig,
+    origin: Mapping[str, Any],
+    hold_out: Callable[[], Mapping[str, Tensor]] = dict,
+    processes: Processes | None = None,
+) -> Source:
+    """Activations of your own, of one site, for `train(config, source=…)`.
+
+    Args:
+        chunks: gives them by the name of the site; each process needs other ones.
+        site: that name.
+        config: settings of the training.
+        origin: what they are, in plain values: a checkpoint of another origin is refused.
+        hold_out: gives activations that are not trained on; none by default.
+        processes: that train together; those that torchrun has started by default None.
+    """
+    processes = processes or Processes.started()
+    device, size = processes.device(config.device), config.buffer // processes.size
+    buffer = ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device)
+    job = Job(site, (site,), (site,), Metadata(model=site, text=", ".join(map(str, origin.values()))))
+    return Source((job,), buffer, hold_out, dict(origin))
 
 
 # ---- harvesting to disk --------------------------------------------------------------------------------------------

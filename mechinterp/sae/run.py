@@ -131,14 +131,16 @@ class Run:
 
     def _report(self, log: RunLog | None) -> None:
         last = self.step == self.config.n_steps
-        values: dict[str, Any] = {}
-        if self.step % self.config.log_every == 0 or last:
-            self._require_finite()
-            values |= self._named({name: trainer.averages() for name, trainer in self.trainers.items()})
-            values |= self.source.counts()
-        if len(self.source.held_out) and (self._due(self.settings.eval_every) or (last and self.settings.eval_every)):
+        evaluates = bool(self.settings.eval_every and self.source.held_out)
+        evaluates = evaluates and (last or self._due(self.settings.eval_every))
+        if not (evaluates or last or self.step % self.config.log_every == 0):
+            return
+        self._require_finite()
+        values: dict[str, Any] = self._named({name: trainer.averages() for name, trainer in self.trainers.items()})
+        values |= self.source.counts()
+        if evaluates:
             values |= {f"held_out_{name}": value for name, value in self._named(self._held_out()).items()}
-        if values and log is not None:
+        if log is not None:
             log.write(self.step, self.tokens, values)
 
     def _named(self, by_trainer: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mechinterp import manifest as manifest_module
 from mechinterp.errors import UserError
 from mechinterp.reporting import Report, Run, bars
-from mechinterp import manifest as manifest_module
 
 
 class Side(Enum):

@@ -112,7 +112,7 @@ def build(config: SAEConfig, metadata: Metadata, weights: Mapping[str, Tensor], 
         state["threshold"] = state["threshold"].clamp_min(0)
         state["n_updates"] = torch.tensor(n_updates)
     sae.load_state_dict(state, assign=True)
-    return sae.eval()
+    return sae.eval().requires_grad_(False)
 
 
 def place(sae: SparseAutoencoder, device: str | torch.device, dtype: torch.dtype | None) -> SparseAutoencoder:
