@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp.data_sets import DataSet
 from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.sites import Site
@@ -31,7 +32,7 @@ from mechinterp.sae.metadata import Metadata
 from mechinterp.sae.store import Store, write_store
 from mechinterp.sae.store_format import DTYPES, Manifest, Origin
 from mechinterp.sae.synthetic import KnownDictionary
-from mechinterp.sae.tokens import FixedBlocks, TokenBlocks, held_out_blocks
+from mechinterp.sae.tokens import FixedBlocks, TokenBlocks, TokenSource, held_out_blocks
 from mechinterp.text import DOCSTRINGS
 
 HELD_OUT = "held_out"  # folder of a store, a store of its own
@@ -114,8 +115,10 @@ class Source:
             self.buffer.chunks.close()
 
 
-def open_source(config: TrainConfig, model: HookedModel | None, processes: Processes) -> Source:
-    """The source that the settings ask for.
+def open_source(
+    config: TrainConfig, model: HookedModel | None, processes: Processes, data: DataSet | None = None
+) -> Source:
+    """The source that the settings ask for; `data` is a data set in the place of their text.
 
     Raises:
         UserError: a site or layer that the model does not have, text that cannot be had, a store of something else.
@@ -123,7 +126,7 @@ def open_source(config: TrainConfig, model: HookedModel | None, processes: Proce
     if config.store is not None:
         return _from_store(config, config.store, model, processes)
     model = model or load_model(config, processes)
-    return _from_text(config, model, processes)
+    return _from_text(config, model, processes, data)
 
 
 def load_model(config: TrainConfig, processes: Processes) -> HookedModel:
@@ -138,16 +141,24 @@ def load_model(config: TrainConfig, processes: Processes) -> HookedModel:
 # ---- text through a model ------------------------------------------------------------------------------------------
 
 
-def harvest_of(config: TrainConfig, model: HookedModel, shard: tuple[int, int] = (0, 1)) -> Harvest:
-    """The training documents of a shard, as activations of every site of the settings."""
-    blocks = TokenBlocks(
-        model, text_source(config), config.context, shard, config.held_out_every, split=config.split,
+def token_blocks(
+    config: TrainConfig, model: HookedModel, shard: tuple[int, int] = (0, 1), data: DataSet | None = None
+) -> TokenBlocks:
+    """The training documents of a shard, as packed blocks."""
+    return TokenBlocks(
+        model, text_source(config, data), config.context, shard, config.held_out_every, split=config.split,
         column=config.column,
     )  # fmt: skip
+
+
+def harvest_of(config: TrainConfig, model: HookedModel, blocks: TokenSource) -> Harvest:
+    """Blocks, as activations of every site of the settings."""
     return Harvest(model, sites(config, model), blocks, exclusion_of(config, model), config.harvest_blocks)
 
 
-def held_out_of(config: TrainConfig, model: HookedModel, n_tokens: int) -> dict[str, Tensor]:
+def held_out_of(
+    config: TrainConfig, model: HookedModel, n_tokens: int, data: DataSet | None = None
+) -> dict[str, Tensor]:
     """Hook name -> about n `[token d]` of held-out documents, by the same rule of exclusion.
 
     Raises:
@@ -155,17 +166,16 @@ def held_out_of(config: TrainConfig, model: HookedModel, n_tokens: int) -> dict[
     """
     n_blocks = -(-n_tokens // (config.context - 1))
     blocks = held_out_blocks(
-        model, text_source(config), config.context, n_blocks, config.held_out_every, split=config.split,
+        model, text_source(config, data), config.context, n_blocks, config.held_out_every, split=config.split,
         column=config.column,
     )  # fmt: skip
-    tokens = FixedBlocks(blocks.prompts.tokens)
-    made = list(Harvest(model, sites(config, model), tokens, exclusion_of(config, model), config.harvest_blocks))
+    made = list(harvest_of(config, model, FixedBlocks(blocks.prompts.tokens)))
     return {name: torch.cat([one[name] for one in made])[:n_tokens] for name in made[0]}
 
 
-def text_source(config: TrainConfig) -> Any:
+def text_source(config: TrainConfig, data: DataSet | None = None) -> Any:
     """What `text.documents` is to read."""
-    return config.dataset or config.text or DOCSTRINGS
+    return data if data is not None else config.dataset or config.text or DOCSTRINGS
 
 
 def text_hash(config: TrainConfig) -> str:
@@ -175,11 +185,6 @@ def text_hash(config: TrainConfig) -> str:
         with path.open("rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest() if config.text else ""
-
-
-def text_name(config: TrainConfig) -> str:
-    """Of the source, without folders."""
-    return config.dataset or ", ".join(path.name for path in config.text) or DOCSTRINGS
 
 
 def exclusion_of(config: TrainConfig, model: HookedModel) -> Exclusion:
@@ -194,8 +199,9 @@ def sites(config: TrainConfig, model: HookedModel) -> list[Site]:
     return list(dict.fromkeys(found))
 
 
-def _from_text(config: TrainConfig, model: HookedModel, processes: Processes) -> Source:
-    harvest = harvest_of(config, model, (processes.rank, processes.size))
+def _from_text(config: TrainConfig, model: HookedModel, processes: Processes, data: DataSet | None) -> Source:
+    blocks = token_blocks(config, model, (processes.rank, processes.size), data)
+    harvest = harvest_of(config, model, blocks)
     device = processes.device(config.device)
     chunks: Chunks = harvest
     size = config.buffer // processes.size
@@ -209,7 +215,7 @@ def _from_text(config: TrainConfig, model: HookedModel, processes: Processes) ->
         context=config.context,
         bos=model.info.bos,
         weights_hash=model.weights_hash(),
-        text=text_name(config),
+        text=blocks.source,
     )
     layers = [site.layer for site in sites(replace(config, kind="sae", target=None), model) if site.layer is not None]
     if len(layers) < len(config.layer):
@@ -224,7 +230,7 @@ def _from_text(config: TrainConfig, model: HookedModel, processes: Processes) ->
     return Source(
         jobs(config, layers, metadata),
         ShuffleBuffer(chunks, size, processes.share(config.batch), config.seed * 1_000 + processes.rank, device),
-        partial(held_out_of, config, model, config.eval_tokens) if config.eval_every != 0 else dict,
+        partial(held_out_of, config, model, config.eval_tokens, data) if config.eval_every != 0 else dict,
         origin,
         harvest,
     )
@@ -355,16 +361,11 @@ def harvest_into(
         UserError: as `open_source` and `write_store` do.
     """
     model = model or load_model(config, Processes())
-    origin = Origin(
-        model.info.name,
-        model.weights_hash(),
-        exclusion_of(config, model).to_json(),
-        config.context,
-        text_name(config),
-    )
-    made = write_store(
-        folder, harvest_of(config, model), origin, config.n_tokens, shard_tokens, progress, DTYPES[dtype]
-    )
+    blocks = token_blocks(config, model)
+    rule = exclusion_of(config, model).to_json()
+    origin = Origin(model.info.name, model.weights_hash(), rule, config.context, blocks.source)
+    chunks = harvest_of(config, model, blocks)
+    made = write_store(folder, chunks, origin, config.n_tokens, shard_tokens, progress, DTYPES[dtype])
     held_out = FixedChunk(held_out_of(config, model, config.eval_tokens))
     write_store(folder / HELD_OUT, held_out, origin, config.eval_tokens, config.eval_tokens, None, DTYPES[dtype])
     return made

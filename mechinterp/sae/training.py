@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mechinterp.data_sets import DataSet
 from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.sae import formats
@@ -37,6 +38,7 @@ def train(
     *,
     model: HookedModel | None = None,
     source: Source | None = None,
+    data: DataSet | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainedRun:
@@ -45,7 +47,8 @@ def train(
     Args:
         config: settings.
         model: instead of loading `config.model`.
-        source: instead of activations of a model, such as `synthetic.source`.
+        source: instead of activations of a model, such as `synthetic_source(…)` or `source_of(…)`.
+        data: a data set of the `datasets` package, in the place of the text of the settings.
         resume: continue from the newest checkpoint of the folder, if there is one; a run that has ended is loaded.
         progress: show a progress bar.
 
@@ -61,7 +64,7 @@ def train(
     with processes.together():
         _make_folder(config.folder)
     with processes.together():
-        source = source or open_source(config, model, processes)
+        source = source or open_source(config, model, processes, data)
         _require_share(source, config, processes)
         ended = _ended(config, source) if resume else None
         if ended is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.sites import Site
 from mechinterp.sae import architectures
-from mechinterp.sae.activations import Source, harvest_of, open_source
+from mechinterp.sae.activations import Source, harvest_of, open_source, token_blocks
 from mechinterp.sae.ahead import Ahead
 from mechinterp.sae.autoencoder import SAEConfig
 from mechinterp.sae.config import TrainConfig
@@ -145,7 +145,7 @@ class Apart:
     """Harvest and steps of a training run, each alone."""
 
     def __init__(self, config: TrainConfig, model: HookedModel):
-        self.harvest, d = harvest_of(config, model), model.d_model
+        self.harvest, d = harvest_of(config, model, token_blocks(config, model)), model.d_model
         rows: list[Tensor] = []
         while sum(map(len, rows)) < config.batch:
             rows.append(next(iter(self.harvest.chunk().values())))

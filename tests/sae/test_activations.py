@@ -240,3 +240,16 @@ def test_the_manifest_names_text_and_weights(of, text, tmp_path):
     assert inputs["text"] == "letters.txt" and len(inputs["text hash"]) == 64
     assert inputs["model weights"] == of.weights_hash()
     assert activations.text_hash(settings(of, tmp_path)) == ""
+
+
+def test_a_data_set_object_in_the_place_of_text_ends_as_its_file_does(of, text, tmp_path):
+    import datasets
+
+    rows = [{"text": one} for one in text.read_text().split("\n\n\n")]
+    train(settings(of, tmp_path / "file", text=(text,)), model=of, progress=False)
+    data = datasets.Dataset.from_list(rows)
+    train(settings(of, tmp_path / "data"), model=of, data=data, progress=False)
+    expected, found = weights(tmp_path / "file"), weights(tmp_path / "data")
+    assert all(torch.equal(one, found[key]) for key, one in expected.items())
+    with pytest.raises(UserError, match="no column"):
+        train(settings(of, tmp_path / "wrong", column="body"), model=of, data=data, progress=False)
