@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.superposition_sae import normal_chunks
-from mechinterp.sae.activations import Source, source_of, synthetic_source
+from mechinterp.sae.activations.source import Source, source_of, synthetic_source
 from mechinterp.sae.architectures import make
 from mechinterp.sae.autoencoder import SAEConfig, SparseAutoencoder
 from mechinterp.sae.config import TOP_K, TrainConfig
-from mechinterp.sae.synthetic import KnownDictionary, cosine_matrix, greedy_matching
-from mechinterp.sae.training import train
+from mechinterp.sae.toys.known_dictionary import KnownDictionary, cosine_matrix, greedy_matching
+from mechinterp.sae.training.train import train
 from mechinterp.statistics import Interval, bootstrap_ratio
 
 # Settings of each architecture, chosen on a dictionary of another seed (100) than those that are reported. The three

@@ -159,7 +159,10 @@ def values(found: Found) -> dict[str, float]:
     for density, (ours, normal) in zip(SAE_DENSITIES, found.recoveries, strict=True):
         made[f"autoencoder, density {density:g}: mean max cosine"] = float(ours.mean_max_cosine.estimate)
         made[f"on normal activations, density {density:g}"] = float(normal.mean_max_cosine.estimate)
-    return made | {f"{row.name}: features in exact ones": float(row.exact) for row in found.shapes}
+    for row in found.shapes:
+        made[f"{row.name}: features in exact ones"] = float(row.exact)
+        made[f"{row.name}: features in sets of its size"] = float(row.alike)
+    return made
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from experiments.superposition_models import Phases, Trained, per_feature
 from experiments.superposition_shapes import SHAPES, Sets
 from mechinterp.reporting.curves import COLOURS, MARKERS
 from mechinterp.reporting.layout import BOTTOM, INK, LEGEND, TOP, base, value_axis
-from mechinterp.sae import toy_models as toy
+from mechinterp.sae.toys import toy_models as toy
 
 PANEL = 176  # pixels
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechinterp.sae import toy_models as toy
+from mechinterp.sae.toys import toy_models as toy
 from mechinterp.statistics import Interval, bootstrap_ratio
 
 CONTROL_DRAWS = 16
-LINEAR_STEPS = 2000
+LINEAR_STEPS = 3000
 """Models without a ReLU settle early: more steps than these are not taken."""
 
 

@@ -12,8 +12,8 @@ from experiments.settings import command
 from experiments.superposition_models import PentagonRow, Phases, Trained, per_feature
 from experiments.superposition_sae import TakenApart
 from experiments.superposition_shapes import NEAR, SHAPES, TOGETHER, Sets, ShapeRow
-from mechinterp.sae import toy_models as toy
-from mechinterp.sae.synthetic import Recovery
+from mechinterp.sae.toys import toy_models as toy
+from mechinterp.sae.toys.known_dictionary import Recovery
 from mechinterp.statistics import Interval
 
 if TYPE_CHECKING:

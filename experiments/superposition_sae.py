@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.superposition_models import Training, train_family
-from mechinterp.sae import toy_models as toy
-from mechinterp.sae.activations import source_of
+from mechinterp.sae.activations.source import source_of
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.synthetic import Recovery, SampledChunks, recovery
-from mechinterp.sae.training import train
+from mechinterp.sae.toys import toy_models as toy
+from mechinterp.sae.toys.known_dictionary import Recovery, SampledChunks, recovery
+from mechinterp.sae.training.train import train
 
 WIDTH = 2  # features of an autoencoder for each feature of the toy model
 BATCH, BUFFER = 1024, 16_384

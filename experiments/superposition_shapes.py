@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from experiments.superposition_models import CONTROL_DRAWS, Trained
-from mechinterp.sae import toy_models as toy
+from mechinterp.sae.toys import toy_models as toy
 
 NEAR = 0.01
 """How near a dimensionality has to be to a fraction."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mechinterp.hooked.sites import Site
     from mechinterp.identities import check
     from mechinterp.models import load
-    from mechinterp.sae.splice import Splice
+    from mechinterp.sae.splicing.splice import Splice
 
 # Public name -> module that holds it; None: the name is itself a module.
 _HOMES: dict[str, str | None] = {
@@ -68,7 +68,7 @@ _HOMES: dict[str, str | None] = {
     "Site": "hooked.sites",
     "check": "identities",
     "load": "models",
-    "Splice": "sae.splice",
+    "Splice": "sae.splicing.splice",
 }
 __all__ = [
     "Apply",

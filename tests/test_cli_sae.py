@@ -21,7 +21,7 @@ from mechinterp.cli import sae as flags
 from mechinterp.models.load import DTYPES
 from mechinterp.models.planted import LETTERS
 from mechinterp.sae import config as settings
-from mechinterp.sae import store_format
+from mechinterp.sae.activations import store_format
 from mechinterp.sae.architectures import ARCHITECTURES
 from mechinterp.sae.formats import loading
 
@@ -142,7 +142,7 @@ def test_a_resumed_run_ends_with_the_same_weights(place, text, tmp_path, capsys)
 
 
 def test_a_run_that_has_ended_is_not_trained_again(place, text, capsys, monkeypatch):
-    monkeypatch.setattr("mechinterp.sae.trainer.Trainer.step", pytest.fail)
+    monkeypatch.setattr("mechinterp.sae.training.trainer.Trainer.step", pytest.fail)
     before = (place / "run/sae/sae_weights.safetensors").stat().st_mtime_ns
     assert main([*TRAIN, *text, "--out", str(place / "run"), "--resume"]) == 0
     assert "held-out FVU" in capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_several_layers_and_a_transcoder(place, text, tmp_path, capsys):
 @pytest.mark.real_model
 def test_on_the_real_model(smollm2, tmp_path, monkeypatch, capsys):
     from mechinterp.commands import inputs
-    from mechinterp.sae import activations
+    from mechinterp.sae.activations import source as activations
 
     for module in (inputs, activations):
         monkeypatch.setattr(module, "load", lambda *args, **kwargs: smollm2)

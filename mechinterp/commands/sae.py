@@ -13,9 +13,9 @@ from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.reporting.features import write_features
 from mechinterp.results import write_json
-from mechinterp.sae.activations import harvest_into, load_model
+from mechinterp.sae.activations.source import harvest_into, load_model
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.distributed import Processes
+from mechinterp.sae.training.distributed import Processes
 from mechinterp.text import Blocks, cut, documents
 
 PER_DOCUMENT = 4  # blocks of one document at most: intervals are over documents

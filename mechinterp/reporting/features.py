@@ -20,8 +20,8 @@ from mechinterp.files import write_text
 from mechinterp.hooked.sites import Site
 from mechinterp.reporting.page import HERE, _inline, _manifest_rows, _script_json, _token
 from mechinterp.results import plain
-from mechinterp.sae.feature_arrays import BANDS
-from mechinterp.sae.features import Features
+from mechinterp.sae.features.arrays import BANDS
+from mechinterp.sae.features.describe import Features
 
 SCRIPTS = ("tables.js", "report.js", "features.js")  # one script: each uses those before it
 DIGITS = 3  # significant ones of activations and logits in the page

@@ -6,7 +6,7 @@ from typing import Any
 
 from mechinterp.errors import UserError
 from mechinterp.hooked.sites import Site
-from mechinterp.sae.exclusion import Exclusion
+from mechinterp.sae.activations.exclusion import Exclusion
 
 
 @dataclass(frozen=True)

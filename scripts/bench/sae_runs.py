@@ -15,16 +15,16 @@ from torch import Tensor
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.sites import Site
 from mechinterp.sae import architectures
-from mechinterp.sae.activations import Source, harvest_of, open_source, token_blocks
-from mechinterp.sae.ahead import Ahead
+from mechinterp.sae.activations.ahead import Ahead
+from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.activations.harvest import Harvest
+from mechinterp.sae.activations.source import Source, harvest_of, open_source, token_blocks
+from mechinterp.sae.activations.tokens import FixedBlocks
 from mechinterp.sae.autoencoder import SAEConfig
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.distributed import Processes
-from mechinterp.sae.exclusion import Exclusion
-from mechinterp.sae.harvest import Harvest
-from mechinterp.sae.tokens import FixedBlocks
-from mechinterp.sae.trainer import Trainer
-from mechinterp.sae.training import train
+from mechinterp.sae.training.distributed import Processes
+from mechinterp.sae.training.train import train
+from mechinterp.sae.training.trainer import Trainer
 
 SAME = 1e-5
 Clock = Callable[[], float]

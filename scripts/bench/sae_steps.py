@@ -19,7 +19,7 @@ from torch import Tensor
 from mechinterp.sae import architectures
 from mechinterp.sae.autoencoder import Objective, SAEConfig, SparseAutoencoder
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.trainer import Trainer
+from mechinterp.sae.training.trainer import Trainer
 
 STEPS = 1_000_000  # that schedules are made for: rates stay near 0, and with them the weights as they are
 DEAD = 10**9  # tokens since it fired, of a dead feature

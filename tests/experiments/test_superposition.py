@@ -11,7 +11,7 @@ from experiments.superposition import Config, main
 from experiments.superposition_models import Phases, Trained, grid, pentagon_rows
 from experiments.superposition_report import said_interval, shapes_text
 from experiments.superposition_shapes import NEAR, SHAPES, TOGETHER, ShapeRow, sets, shape_rows
-from mechinterp.sae.toy_models import STICKY_FRACTIONS
+from mechinterp.sae.toys.toy_models import STICKY_FRACTIONS
 from mechinterp.statistics import Interval
 
 SMALL = {

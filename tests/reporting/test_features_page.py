@@ -12,8 +12,8 @@ import torch
 
 from mechinterp import Prompts, Site
 from mechinterp.reporting.features import features_page, payload, share, short, write_features
-from mechinterp.sae.exclusion import Exclusion
-from mechinterp.sae.features import Features, describe
+from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.features.describe import Features, describe
 from mechinterp.text import Blocks
 from tests.families import model
 from tests.sae.tiny import tiny_sae

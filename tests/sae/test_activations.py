@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from mechinterp import Site, load
 from mechinterp.errors import UserError
 from mechinterp.models.planted import LETTERS, word_tokenizer
-from mechinterp.sae import activations
-from mechinterp.sae.activations import harvest_into, open_source
-from mechinterp.sae.ahead import Ahead
+from mechinterp.sae.activations import source as activations
+from mechinterp.sae.activations.ahead import Ahead
+from mechinterp.sae.activations.harvest import Harvest
+from mechinterp.sae.activations.source import harvest_into, open_source
+from mechinterp.sae.activations.store import Store
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.distributed import Processes
 from mechinterp.sae.formats import load as load_sae
-from mechinterp.sae.harvest import Harvest
-from mechinterp.sae.store import Store
-from mechinterp.sae.trainer import Trainer
-from mechinterp.sae.training import train
+from mechinterp.sae.training.distributed import Processes
+from mechinterp.sae.training.train import train
+from mechinterp.sae.training.trainer import Trainer
 from tests.families import module
 
 STEPS, BATCH = 24, 16

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mechinterp.errors import UserError
-from mechinterp.sae.ahead import Ahead
-from mechinterp.sae.buffer import ShuffleBuffer
-from mechinterp.sae.chunks import Chunks
+from mechinterp.sae.activations.ahead import Ahead
+from mechinterp.sae.activations.buffer import ShuffleBuffer
+from mechinterp.sae.activations.chunks import Chunks
 
 
 class Counting:
@@ -177,7 +177,7 @@ def test_it_goes_on_after_it_was_closed(ahead):
 
 SCRIPT = """
 import sys, time
-from mechinterp.sae.ahead import Ahead
+from mechinterp.sae.activations.ahead import Ahead
 
 class Slow:
     made = 0

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mechinterp.errors import UserError
 from mechinterp.sae import kernels
+from mechinterp.sae.activations.exclusion import Exclusion
 from mechinterp.sae.architectures import ARCHITECTURES, BatchTopK, JumpReLU, make
 from mechinterp.sae.autoencoder import Objective, SAEConfig, SparseAutoencoder, geometric_median
-from mechinterp.sae.exclusion import Exclusion
 from mechinterp.sae.kernels import Entries, Everything
 from mechinterp.sae.metadata import Metadata
 from tests.sae import plain

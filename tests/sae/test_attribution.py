@@ -10,10 +10,10 @@ from mechinterp.errors import UserError
 from mechinterp.hooked.interventions import Patch
 from mechinterp.hooked.sites import Site
 from mechinterp.metrics import LogitDiff
-from mechinterp.sae.attribution import attribute
-from mechinterp.sae.exclusion import Exclusion
-from mechinterp.sae.feature_effects import ERROR, FeatureEffects, rank_correlation
-from mechinterp.sae.spliced_run import SplicedRun
+from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.splicing.attribution import attribute
+from mechinterp.sae.splicing.effects import ERROR, FeatureEffects, rank_correlation
+from mechinterp.sae.splicing.spliced_run import SplicedRun
 from tests.checks import checks_off
 from tests.families import full_logits, model, pairs
 from tests.sae.tiny import RESID, by_hand, kept_by_hand, tiny_sae

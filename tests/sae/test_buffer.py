@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.sae import buffer as buffers
-from mechinterp.sae.buffer import ShuffleBuffer, bytes_needed
+from mechinterp.sae.activations import buffer as buffers
+from mechinterp.sae.activations.buffer import ShuffleBuffer, bytes_needed
 
 WIDTHS = {"blocks.0.hook_resid_post": 3, "blocks.1.hook_mlp_out": 2}
 
@@ -224,7 +224,9 @@ def test_bytes_needed():
 
 
 def test_a_buffer_beyond_the_memory_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr("mechinterp.sae.memory.free_bytes", lambda device: 55_000)  # four fifths of it: 44,000
+    monkeypatch.setattr(
+        "mechinterp.sae.activations.memory.free_bytes", lambda device: 55_000
+    )  # four fifths of it: 44,000
     assert len(numbers(ShuffleBuffer(Counting(None), 1000, 10, seed=0).batch())) == 10
     monkeypatch.setattr(buffers.torch, "empty", lambda *args, **kw: pytest.fail("allocated"))
     with pytest.raises(UserError, match=r"of 1,001 tokens at 2 sites would take 0\.00 GB .* at most 1,000 tokens"):

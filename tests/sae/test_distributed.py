@@ -40,7 +40,7 @@ def settings(architecture: str, **more):
 
 def batches(n: int) -> list[torch.Tensor]:
     """`[batch d_in]` of a known dictionary, the same in every process."""
-    from mechinterp.sae.synthetic import KnownDictionary
+    from mechinterp.sae.toys.known_dictionary import KnownDictionary
 
     chunks = KnownDictionary(24, D, density=0.1).chunks(BATCH, seed=3)
     return [chunks.chunk()["toy"] for _ in range(n)]
@@ -50,7 +50,7 @@ def steps_of(architecture: str, processes) -> dict[str, torch.Tensor]:
     """Train on this process's rows: the first gradients, all losses, the last weights, the ages of the features."""
     from mechinterp.sae.architectures import make
     from mechinterp.sae.autoencoder import SAEConfig
-    from mechinterp.sae.trainer import Trainer
+    from mechinterp.sae.training.trainer import Trainer
 
     config = settings(architecture, clip=1e9).resolved(D)  # gradients are looked at as they were
     shape = SAEConfig(architecture, D, FEATURES, k=KINDS[architecture].get("k"),
@@ -104,10 +104,10 @@ def gathered(processes) -> dict[str, torch.Tensor]:
 
 def whole_run(folder: Path, processes, resume: bool = False, stop: int | None = None):
     """A run through `train`, stopped by an exception at a step."""
-    from mechinterp.sae.activations import synthetic_source
-    from mechinterp.sae.synthetic import KnownDictionary
-    from mechinterp.sae.trainer import Trainer
-    from mechinterp.sae.training import train
+    from mechinterp.sae.activations.source import synthetic_source
+    from mechinterp.sae.toys.known_dictionary import KnownDictionary
+    from mechinterp.sae.training.train import train
+    from mechinterp.sae.training.trainer import Trainer
 
     made = settings("batchtopk", out=folder, eval_tokens=64, checkpoint_every=20 * BATCH, log_every=10)
     made = replace(made, n_tokens=80 * BATCH)
@@ -133,7 +133,8 @@ def whole_run(folder: Path, processes, resume: bool = False, stop: int | None = 
 def refusals(folder: Path, processes) -> dict[str, str]:
     """What goes wrong in one process must be told in both, and hang none."""
     from mechinterp.errors import UserError
-    from mechinterp.sae import checkpoints, trainer, training
+    from mechinterp.sae.training import checkpoints, trainer
+    from mechinterp.sae.training import train as training
 
     found = {}
 
@@ -178,7 +179,7 @@ def damaged(folder: Path, processes) -> None:
 
 
 def main(folder: Path) -> None:
-    from mechinterp.sae.distributed import Processes
+    from mechinterp.sae.training.distributed import Processes
 
     processes = Processes.started()
     assert Processes.started() == processes and processes.size == 2

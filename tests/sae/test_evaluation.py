@@ -12,10 +12,10 @@ from mechinterp.errors import UserError
 from mechinterp.hooked.interventions import Steer
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import Site
-from mechinterp.sae import intervals, sums
-from mechinterp.sae.evaluation import HEAD, SAEEvaluation, evaluate
-from mechinterp.sae.exclusion import Exclusion
-from mechinterp.sae.splice import Splice
+from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.evaluation import intervals, sums
+from mechinterp.sae.evaluation.evaluate import HEAD, SAEEvaluation, evaluate
+from mechinterp.sae.splicing.splice import Splice
 from mechinterp.text import Blocks
 from tests.families import full_logits, model
 from tests.sae.tiny import RESID, by_hand, kept_by_hand, tiny_sae

@@ -9,7 +9,7 @@ from mechinterp import load
 from mechinterp.errors import UserError
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.models.planted import LETTERS, word_tokenizer
-from mechinterp.sae.exclusion import Exclusion
+from mechinterp.sae.activations.exclusion import Exclusion
 from tests.families import model, module
 
 

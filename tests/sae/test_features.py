@@ -8,9 +8,9 @@ import torch
 
 from mechinterp import Prompts, Site, UserError
 from mechinterp.hooked import weights
-from mechinterp.sae.exclusion import Exclusion
-from mechinterp.sae.feature_contexts import LOWEST, PER_OCTAVE, Batch, Draw, Window
-from mechinterp.sae.features import Features, describe
+from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.features.contexts import LOWEST, PER_OCTAVE, Batch, Draw, Window
+from mechinterp.sae.features.describe import Features, describe
 from mechinterp.text import Blocks
 from tests.families import FAMILIES, model
 from tests.sae.tiny import by_hand, tiny_sae
@@ -35,7 +35,7 @@ def dense(of, sae, site, blocks):
 
 def small_batches(monkeypatch):
     """Text in many batches, so that what is kept has to be merged."""
-    monkeypatch.setattr("mechinterp.sae.feature_pass.BATCH_TOKENS", 36)
+    monkeypatch.setattr("mechinterp.sae.features.reading.BATCH_TOKENS", 36)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

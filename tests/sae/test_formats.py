@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mechinterp.errors import UserError
+from mechinterp.sae.activations.exclusion import Exclusion
 from mechinterp.sae.architectures import make
 from mechinterp.sae.autoencoder import SAEConfig
-from mechinterp.sae.exclusion import Exclusion
 from mechinterp.sae.formats import convert, load, read_sparsity, save, save_saelens, save_sparsify
 from mechinterp.sae.metadata import Metadata
 

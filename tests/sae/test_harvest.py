@@ -8,12 +8,11 @@ import torch
 from mechinterp import Site, Zero, load
 from mechinterp.errors import UserError
 from mechinterp.models.planted import LETTERS, word_tokenizer
-from mechinterp.sae import harvest as harvest_module
-from mechinterp.sae.chunks import Chunks
-from mechinterp.sae.exclusion import Exclusion
-from mechinterp.sae.harvest import Counts, Harvest
-from mechinterp.sae.moments import normalisation
-from mechinterp.sae.tokens import TokenBlocks
+from mechinterp.sae.activations import harvest as harvest_module
+from mechinterp.sae.activations.chunks import Chunks
+from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.activations.harvest import Counts, Harvest
+from mechinterp.sae.activations.tokens import TokenBlocks
 from tests.families import FAMILIES, model, module
 
 TEXTS = [" ".join(LETTERS[(7 * i + j * j) % 40] for j in range(9 + i % 5)) for i in range(30)]
@@ -250,26 +249,6 @@ def test_a_finite_source_ends(of):
     assert [len(chunk["blocks.1.hook_resid_pre"]) for chunk in chunks] == [15, 15, 5]
 
 
-def test_moments_are_of_the_first_kept_tokens_and_consume_nothing(of):
-    sites = [Site("resid_pre", 1), Site("z", 1)]
-    harvest = Harvest(of, sites, stream(of, shard=(1, 2)), Exclusion(), 3)
-    found = normalisation(harvest, 50)
-    whole = Harvest(of, sites, stream(of), Exclusion(), 3)  # all ranks measure the whole text
-    rows = [whole.chunk() for _ in range(4)]
-    for name, moments in found.items():
-        x = torch.cat([one[name] for one in rows])[:50].double()
-        assert moments.n == 50 == len(x)
-        torch.testing.assert_close(moments.mean.double(), x.mean(0), rtol=1e-5, atol=1e-6)
-        assert moments.mean_square == pytest.approx(float(x.square().sum(-1).mean()), rel=1e-5)
-        assert moments.mean_norm == pytest.approx(float(x.norm(dim=-1).mean()), rel=1e-5)
-        assert moments.variance == pytest.approx(float((x - x.mean(0)).square().sum(-1).mean()), rel=1e-4)
-    assert harvest.counts == Counts(0, 0, 0)
-    expected = Harvest(of, sites, stream(of, shard=(1, 2)), Exclusion(), 3).chunk()
-    assert all(torch.equal(rows, expected[name]) for name, rows in harvest.chunk().items())
-    finite = Harvest(of, sites, Fixed(of.d_vocab, n=7, length=6), Exclusion(), 3)
-    assert normalisation(finite, 1000)[sites[0].hook_name].n == 35
-
-
 def test_bad_harvests(of):
     make = lambda *sites, **more: Harvest(of, sites, stream(of), Exclusion(), **more)  # noqa: E731
     for wrong, says in [
@@ -279,11 +258,8 @@ def test_bad_harvests(of):
         (lambda: make(Site("pattern", 1)), "pattern layer 1 has axes batch head query key: no vector at each position"),
         (lambda: make(Site("resid_pre", 3)), "this model has layers 0 … 2"),
         (lambda: make(Site("resid_pre", 1), batch_blocks=0), "batch_blocks must be at least 1; found 0"),
-        (lambda: normalisation(make(Site("resid_pre", 1)), 0), "needs at least one token; asked for 0"),
     ]:
         with pytest.raises(UserError, match=says):
             wrong()
     nothing = Harvest(of, [Site("resid_pre", 1)], stream(of), Exclusion(tokens=tuple(range(60))), 4)
     assert nothing.chunk()["blocks.1.hook_resid_pre"].shape == (0, of.d_model)
-    with pytest.raises(UserError, match="keeps no token of 100 chunks"):
-        normalisation(nothing, 10)

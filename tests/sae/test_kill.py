@@ -35,10 +35,10 @@ def session(folder: Path, place: str = "", told: int = -1) -> None:
 
     Without a place it writes a byte into `told` for every step, and does not hurry.
     """
-    from mechinterp.sae import training
-    from mechinterp.sae.activations import synthetic_source
-    from mechinterp.sae.synthetic import KnownDictionary
-    from mechinterp.sae.trainer import Trainer
+    from mechinterp.sae.activations.source import synthetic_source
+    from mechinterp.sae.toys.known_dictionary import KnownDictionary
+    from mechinterp.sae.training import train as training
+    from mechinterp.sae.training.trainer import Trainer
 
     if place:
         stop_at(place, told)
@@ -58,7 +58,7 @@ def session(folder: Path, place: str = "", told: int = -1) -> None:
 
 def stop_at(place: str, told: int) -> None:
     """Let this process say so, and wait, when it comes to the place."""
-    from mechinterp.sae import checkpoints
+    from mechinterp.sae.training import checkpoints
 
     save_file, write_part = checkpoints.save_file, checkpoints.write_part
     replace, rmtree = os.replace, shutil.rmtree
@@ -148,7 +148,10 @@ def killed_at(folder: Path, place: str) -> str:
 
 
 def main(folder: Path, seed: int) -> None:
-    from mechinterp.sae import activations, synthetic, training  # noqa: F401 (before the forks, once for all)
+    # Before the forks, once for all.
+    from mechinterp.sae.activations import source  # noqa: F401
+    from mechinterp.sae.toys import known_dictionary  # noqa: F401
+    from mechinterp.sae.training import train  # noqa: F401
 
     rng, moments = random.Random(seed), []
     assert os.waitpid(forked(folder / "whole"), 0)[1] == 0

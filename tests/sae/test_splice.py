@@ -8,9 +8,9 @@ from mechinterp.hooked.interventions import Steer
 from mechinterp.hooked.sites import Site
 from mechinterp.hooked.suffix import Levers, Read, record
 from mechinterp.patching import sweep
-from mechinterp.sae import splice as splicing
-from mechinterp.sae.exclusion import Exclusion
-from mechinterp.sae.splice import Splice
+from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.splicing import splice as splicing
+from mechinterp.sae.splicing.splice import Splice
 from tests.families import FAMILIES, full_logits, model, pairs
 from tests.sae.tiny import RESID, by_hand, kept_by_hand, tiny_sae
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mechinterp import files
 from mechinterp.errors import UserError
-from mechinterp.sae import store_writer
-from mechinterp.sae.buffer import ShuffleBuffer
-from mechinterp.sae.chunks import Chunks
-from mechinterp.sae.store import Store, write_store
-from mechinterp.sae.store_format import Manifest, Origin
+from mechinterp.sae.activations import store_writer
+from mechinterp.sae.activations.buffer import ShuffleBuffer
+from mechinterp.sae.activations.chunks import Chunks
+from mechinterp.sae.activations.store import Store, write_store
+from mechinterp.sae.activations.store_format import Manifest, Origin
 
 WIDTHS = {"blocks.1.hook_resid_post": 5, "blocks.0.hook_mlp_out": 3}
 ORIGIN = Origin("tiny", "a" * 64, {"first": True, "tokens": [0], "outlier": None}, 128, "words.txt")
@@ -328,7 +328,7 @@ def test_a_disk_that_is_full_at_the_manifest(made, tmp_path):
         files.write_text(path, text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mechinterp.sae.store_format.write_text", full)
+        patch.setattr("mechinterp.sae.activations.store_format.write_text", full)
         with pytest.raises(UserError, match="the disk is full; 1 shards"):
             write_store(tmp_path / "s", Drawn(), ORIGIN, TOKENS, PER_SHARD)
     shards = sorted(path.name for path in (tmp_path / "s").glob("*shard*"))

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.sae.synthetic import KnownDictionary, cosine_matrix, greedy_matching, mean_max_cosine, recovery
+from mechinterp.sae.toys.known_dictionary import (
+    KnownDictionary,
+    cosine_matrix,
+    greedy_matching,
+    mean_max_cosine,
+    recovery,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:

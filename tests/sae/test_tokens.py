@@ -12,8 +12,8 @@ import torch
 from mechinterp import load
 from mechinterp.errors import UserError
 from mechinterp.models.planted import LETTERS, word_tokenizer
-from mechinterp.sae import tokens as tokens_module
-from mechinterp.sae.tokens import TokenBlocks, held_out_blocks
+from mechinterp.sae.activations import tokens as tokens_module
+from mechinterp.sae.activations.tokens import TokenBlocks, held_out_blocks
 from tests.families import model, module
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.sae.toy_models import (
+from mechinterp.sae.toys.toy_models import (
     PHASES,
     STICKY_FRACTIONS,
     ToyModels,

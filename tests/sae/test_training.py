@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from mechinterp.errors import UserError
-from mechinterp.sae import checkpoints as checkpoints_module
-from mechinterp.sae.activations import synthetic_source
+from mechinterp.sae.activations.source import synthetic_source
 from mechinterp.sae.config import TrainConfig
 from mechinterp.sae.formats import load
-from mechinterp.sae.synthetic import KnownDictionary
-from mechinterp.sae.trainer import Trainer
-from mechinterp.sae.training import train
+from mechinterp.sae.toys.known_dictionary import KnownDictionary
+from mechinterp.sae.training import checkpoints as checkpoints_module
+from mechinterp.sae.training.train import train
+from mechinterp.sae.training.trainer import Trainer
 
 TOY = KnownDictionary(24, 8, density=0.08)
 

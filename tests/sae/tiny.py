@@ -3,9 +3,9 @@
 import torch
 
 from mechinterp.hooked.sites import Site
+from mechinterp.sae.activations.exclusion import Exclusion
 from mechinterp.sae.architectures import make
 from mechinterp.sae.autoencoder import SAEConfig
-from mechinterp.sae.exclusion import Exclusion
 from mechinterp.sae.metadata import Metadata
 
 

@@ -11,8 +11,8 @@ from mechinterp.reporting.curves import curves
 from mechinterp.reporting.figures import bars
 from mechinterp.reporting.report import Section, Table
 from mechinterp.results import plain
-from mechinterp.sae.evaluation import SAEEvaluation
-from mechinterp.sae.features import Features
+from mechinterp.sae.evaluation.evaluate import SAEEvaluation
+from mechinterp.sae.features.describe import Features
 
 MEANING = {
     "l0": "features on a token",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.errors import UserError
-from mechinterp.sae.exclusion import Exclusion
+from mechinterp.sae.activations.exclusion import Exclusion
 from mechinterp.sae.metadata import Metadata
 
 RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mechinterp.errors import UserError
 from mechinterp.results import plain, write_json
-from mechinterp.sae.distributed import Processes
+from mechinterp.sae.training.distributed import Processes
 
 State = dict[str, Any]  # flat: tensors and plain values
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mechinterp.errors import UserError
 from mechinterp.sae import architectures
-from mechinterp.sae.activations import Job, Source
+from mechinterp.sae.activations.source import Job, Source
 from mechinterp.sae.autoencoder import SAEConfig, SparseAutoencoder
 from mechinterp.sae.config import TOP_K, TrainConfig
-from mechinterp.sae.distributed import Processes
-from mechinterp.sae.trainer import Trainer
+from mechinterp.sae.training.distributed import Processes
+from mechinterp.sae.training.trainer import Trainer
 
 SAMPLE = 65_536  # tokens that the scale and the start of b_dec are taken from
 

@@ -23,8 +23,8 @@ from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import Site
-from mechinterp.sae.exclusion import Exclusion
-from mechinterp.sae.tokens import TokenSource
+from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.activations.tokens import TokenSource
 
 COUNTED_OUTLIER = 10.0
 """Multiple of the median norm above which positions are counted as outliers where the rule gives none."""

@@ -1,4 +1,4 @@
-"""From sums by block to numbers with intervals over documents (evaluation.py)."""
+"""From sums by block to numbers with intervals over documents (evaluate.py)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from mechinterp.results import plain
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.sums import ARMS, OUTLIER, Places, Tally, Target
+from mechinterp.sae.evaluation.sums import ARMS, OUTLIER, Places, Tally, Target
 from mechinterp.statistics import MIN_CLUSTERS, bias_corrected, bootstrap_ratio, resampling_weights
 
 DENSE = 0.1  # share of the tokens above which a feature is called dense

@@ -5,7 +5,7 @@
    a uniform draw of the features that are on in this text. How many were never on is counted.
 2. *Pass.* The model runs to the deepest site that the autoencoder reads; excluded positions are dropped before
    encoding, so that they are never on; the sparse codes of the chosen features alone go on.
-3. *Collectors* (feature_contexts.py) take their top contexts, a random draw, and counts.
+3. *Collectors* (contexts.py) take their top contexts, a random draw, and counts.
 
 Memory, besides the model and one batch (2²⁵ pre-activations at most): for each chosen feature (five for every two that
 were asked for, where they are chosen) contexts × window × 12 bytes, documents × 8 bytes, and 24 bytes for every
@@ -25,7 +25,7 @@ from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import Site
 from mechinterp.sae.autoencoder import Codes, SparseAutoencoder
-from mechinterp.sae.feature_contexts import Batch, Counts, Draw, Top, Window
+from mechinterp.sae.features.contexts import Batch, Counts, Draw, Top, Window
 from mechinterp.text import Blocks
 
 PILOT = 64  # blocks, at most

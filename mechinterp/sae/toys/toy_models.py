@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechinterp.errors import UserError
-from mechinterp.sae.synthetic import SampledChunks
+from mechinterp.sae.toys.known_dictionary import SampledChunks
 
 #: Dimensions per feature of the polytopes whose fractions features stick to (section "The Geometry of Superposition",
 #: "Feature Dimensionality"): vertices that share a space equally have its dimensions divided by their number.

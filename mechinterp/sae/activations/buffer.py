@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.sae.chunks import Chunks, n_rows, widths_of
-from mechinterp.sae.memory import bytes_needed as bytes_needed  # the estimate, for those who plan a buffer
-from mechinterp.sae.memory import require_memory
+from mechinterp.sae.activations.chunks import Chunks, n_rows, widths_of
+from mechinterp.sae.activations.memory import bytes_needed as bytes_needed  # the estimate, for those who plan a buffer
+from mechinterp.sae.activations.memory import require_memory
 
 EMPTY_CHUNKS = 1_000  # chunks without a row, one after another, after which a source is taken to have none
 SLICE = 1_024  # rows that a state copies at a time: memory that is used again is several times as fast as new memory

@@ -33,8 +33,8 @@ from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.model import HookedModel
 from mechinterp.results import Result, plain
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.intervals import Numbers, by_site, control, densities, histogram, losses, outliers
-from mechinterp.sae.sums import Places, Tally, Target, reconstruct, run_arms
+from mechinterp.sae.evaluation.intervals import Numbers, by_site, control, densities, histogram, losses, outliers
+from mechinterp.sae.evaluation.sums import Places, Tally, Target, reconstruct, run_arms
 from mechinterp.statistics import interval_scope
 from mechinterp.text import Blocks
 

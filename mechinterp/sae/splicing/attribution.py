@@ -32,9 +32,9 @@ from mechinterp.hooked.prompts import Positions
 from mechinterp.metrics import Metric
 from mechinterp.results import plain
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.feature_effects import ERROR, FeatureEffects, rank_correlation
-from mechinterp.sae.splice import Splice, columns
-from mechinterp.sae.spliced_run import Part, SplicedRun, suffix_logits
+from mechinterp.sae.splicing.effects import ERROR, FeatureEffects, rank_correlation
+from mechinterp.sae.splicing.splice import Splice, columns
+from mechinterp.sae.splicing.spliced_run import Part, SplicedRun, suffix_logits
 from mechinterp.statistics import bootstrap_ratio, interval_scope, sign_flip_threshold
 from mechinterp.tasks.pairs import PromptPairs
 

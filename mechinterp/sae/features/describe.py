@@ -29,12 +29,12 @@ from mechinterp.errors import UserError
 from mechinterp.evaluation import provenance
 from mechinterp.hooked.model import HookedModel
 from mechinterp.results import Result, plain
-from mechinterp.sae import feature_arrays
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.feature_arrays import Arrays
-from mechinterp.sae.feature_contexts import LOWEST, PER_OCTAVE, Window
-from mechinterp.sae.feature_logits import logit_effects, refusal
-from mechinterp.sae.feature_pass import Collected, choose, collect, sites_of
+from mechinterp.sae.features import arrays as feature_arrays
+from mechinterp.sae.features.arrays import Arrays
+from mechinterp.sae.features.contexts import LOWEST, PER_OCTAVE, Window
+from mechinterp.sae.features.logits import logit_effects, refusal
+from mechinterp.sae.features.reading import Collected, choose, collect, sites_of
 from mechinterp.text import Blocks
 
 N_FEATURES = 100
@@ -153,7 +153,7 @@ def describe(
     window: int = 32,
     seed: int = 0,
 ) -> Features:
-    """Describe features from one pass over a text (feature_pass.py has the steps, the rule of choice and the memory).
+    """Describe features from one pass over a text (reading.py has the steps, the rule of choice and the memory).
 
     Args:
         model: the hooked model; interventions in force act.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechinterp.sae.autoencoder import Objective, Output, SparseAutoencoder, squared_error
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.distributed import Processes
+from mechinterp.sae.training.distributed import Processes
 
 STATE = ("exp_avg", "exp_avg_sq", "step")  # of Adam, by parameter
 

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from mechinterp.errors import UserError
 from mechinterp.files import replacing
-from mechinterp.sae.chunks import Chunks, n_rows, widths_of
-from mechinterp.sae.memory import require_memory
-from mechinterp.sae.store_format import (
+from mechinterp.sae.activations.chunks import Chunks, n_rows, widths_of
+from mechinterp.sae.activations.memory import require_memory
+from mechinterp.sae.activations.store_format import (
     DTYPES,
     MANIFEST,
     SHARD,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mechinterp.sae.chunks import Chunks
+from mechinterp.sae.activations.chunks import Chunks
 
 
 class Ahead:

@@ -14,13 +14,13 @@ from mechinterp.errors import UserError
 from mechinterp.manifest import now, peak_memory_bytes, start_manifest
 from mechinterp.results import write_json
 from mechinterp.sae import formats
-from mechinterp.sae.activations import Source
+from mechinterp.sae.activations.source import Source
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.checkpoints import Checkpoints, random_states
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.distributed import Processes
-from mechinterp.sae.run_log import RunLog
-from mechinterp.sae.trainer import Trainer
+from mechinterp.sae.training.checkpoints import Checkpoints, random_states
+from mechinterp.sae.training.distributed import Processes
+from mechinterp.sae.training.run_log import RunLog
+from mechinterp.sae.training.trainer import Trainer
 
 # What a resumed run may have otherwise than its checkpoint: none of it changes a weight.
 FREE = ("out", "log_every", "checkpoint_every", "keep", "tracker", "project", "run_name")

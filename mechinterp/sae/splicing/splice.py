@@ -24,8 +24,8 @@ from mechinterp.hooked.interventions import Intervention, Rows
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Positions
 from mechinterp.hooked.sites import Site
+from mechinterp.sae.activations.exclusion import Exclusion
 from mechinterp.sae.autoencoder import Codes, Output, SparseAutoencoder
-from mechinterp.sae.exclusion import Exclusion
 from mechinterp.sae.kernels import Entries
 
 PAIRS = 2**26  # (token, feature) pairs that are encoded at once: 256 MB in single precision

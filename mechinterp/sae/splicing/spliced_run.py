@@ -16,9 +16,9 @@ from mechinterp.hooked.prompts import Positions, Prompts
 from mechinterp.hooked.suffix import Levers, Read, Recording
 from mechinterp.metrics import Metric, as_metric
 from mechinterp.sae.autoencoder import Codes, SparseAutoencoder
-from mechinterp.sae.feature_effects import ERROR
 from mechinterp.sae.kernels import Entries
-from mechinterp.sae.splice import Splice, frozen, kept_positions
+from mechinterp.sae.splicing.effects import ERROR
+from mechinterp.sae.splicing.splice import Splice, frozen, kept_positions
 from mechinterp.tasks.pairs import PromptPairs
 
 

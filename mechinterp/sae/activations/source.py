@@ -21,18 +21,18 @@ from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.sites import Site
 from mechinterp.models import load
-from mechinterp.sae.ahead import Ahead
-from mechinterp.sae.buffer import ShuffleBuffer
-from mechinterp.sae.chunks import Chunks
+from mechinterp.sae.activations.ahead import Ahead
+from mechinterp.sae.activations.buffer import ShuffleBuffer
+from mechinterp.sae.activations.chunks import Chunks
+from mechinterp.sae.activations.exclusion import Exclusion, special_tokens
+from mechinterp.sae.activations.harvest import Harvest
+from mechinterp.sae.activations.store import Store, write_store
+from mechinterp.sae.activations.store_format import DTYPES, Manifest, Origin
+from mechinterp.sae.activations.tokens import FixedBlocks, TokenBlocks, TokenSource, held_out_blocks
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.distributed import Processes
-from mechinterp.sae.exclusion import Exclusion, special_tokens
-from mechinterp.sae.harvest import Harvest
 from mechinterp.sae.metadata import Metadata
-from mechinterp.sae.store import Store, write_store
-from mechinterp.sae.store_format import DTYPES, Manifest, Origin
-from mechinterp.sae.synthetic import KnownDictionary
-from mechinterp.sae.tokens import FixedBlocks, TokenBlocks, TokenSource, held_out_blocks
+from mechinterp.sae.toys.known_dictionary import KnownDictionary
+from mechinterp.sae.training.distributed import Processes
 from mechinterp.text import DOCSTRINGS
 
 HELD_OUT = "held_out"  # folder of a store, a store of its own

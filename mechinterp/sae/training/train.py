@@ -1,7 +1,7 @@
 """Training sparse autoencoders: from settings to a folder that holds one.
 
-1. A source gives batches of activations of every site that is read (activations.py): the model runs over packed text,
-   up to the last of the sites, through a shuffle buffer; or a store on disk stands for it.
+1. A source (activations/source.py) gives batches of activations of every site that is read: the model runs over packed
+   text, up to the last of the sites, through a shuffle buffer; or a store on disk stands for it.
 2. Every autoencoder has a trainer (trainer.py), and all of them train on the same tokens in one pass.
 3. It starts at a scale and a centre that a sample of the buffer gives (start.py).
 4. The loop is in run.py. The log, evaluations on held-out text, and checkpoints are due after so many steps or tokens.
@@ -22,13 +22,13 @@ from mechinterp.data_sets import DataSet
 from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.sae import formats
-from mechinterp.sae.activations import Source, open_source
-from mechinterp.sae.checkpoints import Checkpoints, set_random_states
+from mechinterp.sae.activations.memory import keep_freed_memory
+from mechinterp.sae.activations.source import Source, open_source
 from mechinterp.sae.config import TrainConfig
-from mechinterp.sae.distributed import Processes
-from mechinterp.sae.memory import keep_freed_memory
-from mechinterp.sae.run import FREE, Run, TrainedRun
-from mechinterp.sae.start import trainers_of
+from mechinterp.sae.training.checkpoints import Checkpoints, set_random_states
+from mechinterp.sae.training.distributed import Processes
+from mechinterp.sae.training.run import FREE, Run, TrainedRun
+from mechinterp.sae.training.start import trainers_of
 
 Found = tuple[Path, dict[str, Any], dict[str, Any]]  # a checkpoint, and its two states
 

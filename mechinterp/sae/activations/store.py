@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.sae.store_format import DTYPES, Manifest, Origin, Shard, offsets, require_file, require_sha256
-from mechinterp.sae.store_writer import write_store as write_store  # one place for those who write and read
+from mechinterp.sae.activations.store_format import (
+    DTYPES,
+    Manifest,
+    Origin,
+    Shard,
+    offsets,
+    require_file,
+    require_sha256,
+)
+from mechinterp.sae.activations.store_writer import write_store as write_store  # one place for those who write and read
 
 # Of a chunk by default. Memory of this size is used again by the next chunk; larger pieces go back to the system, and
 # taking them anew costs more than the reading.

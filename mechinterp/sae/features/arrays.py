@@ -1,4 +1,4 @@
-"""The arrays of a description of features, made from what a pass over text has collected (features.py names them)."""
+"""The arrays of a description of features, made from what a pass over text has collected (describe.py names them)."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.feature_contexts import PER_OCTAVE, Contexts, Counts
-from mechinterp.sae.feature_pass import Collected
+from mechinterp.sae.features.contexts import PER_OCTAVE, Contexts, Counts
+from mechinterp.sae.features.reading import Collected
 from mechinterp.statistics import bootstrap_ratio
 
 BANDS = 4

@@ -1,4 +1,4 @@
-"""Sums over the tokens of each block that an evaluation of a sparse autoencoder is made of (evaluation.py)."""
+"""Sums over the tokens of each block that an evaluation of a sparse autoencoder is made of (evaluate.py)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import Site
 from mechinterp.hooked.suffix import Levers, Read, Recording
 from mechinterp.sae.autoencoder import SparseAutoencoder
-from mechinterp.sae.splice import PAIRS, Splice, frozen, kept_positions, require_model
+from mechinterp.sae.splicing.splice import PAIRS, Splice, frozen, kept_positions, require_model
 
 OUTLIER = 10.0  # multiple of the median norm above which a token is counted as an outlier
 ARMS = ("spliced", "zero", "mean")

@@ -1,0 +1,1 @@
+"""An autoencoder on held-out text, alone and in the model, with intervals."""

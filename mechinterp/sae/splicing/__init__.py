@@ -1,0 +1,1 @@
+"""An autoencoder inside the model: splice, edit features, attribute to them."""

@@ -1,0 +1,1 @@
+"""Ground truth: a known dictionary, and toy models of superposition."""
