@@ -95,8 +95,8 @@ def report(found: Found, against: Comparison, answer: str, config: "Config", scr
             f"represented if its vector is at least {toy.REPRESENTED:g} long.",
             "Gradient descent does not always find the best arrangement: shares over starts tell how often it does. "
             "The phase diagram and the drawn directions are of the start with the lowest loss on fresh samples.",
-            f"The densities of the uniform models and ±{NEAR:g} were fixed before anything was trained, and all "
-            "represented features at all densities count. To read shapes off sets was decided after a first run at "
+            f"The densities of the uniform models and ±{NEAR:g} were fixed before models of these sizes were trained; "
+            "all represented features at all densities count. To read shapes off sets was decided after a first run at "
             "the size of the paper, in which most features near 2/5 were in no pentagon.",
             "Which shapes appear depends on the sizes, the training and the densities; the paper's largest models have "
             "400 features in 30 dimensions (--preset paper).",

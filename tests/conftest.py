@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
+os.environ["MECHINTERP_KEEP_FREED_MEMORY"] = "0"  # tests of memory look at what the process holds
 
 from jaxtyping import install_import_hook
 

@@ -56,7 +56,7 @@ class TrainConfig:
     """Which features are kept, and how sparsity is had."""
     site: str = "resid_post"
     """What is read."""
-    layer: tuple[int, ...] = (-1,)
+    layer: int | tuple[int, ...] = -1
     """Of the site. With several, an autoencoder is trained on each, in one pass; or one crosscoder on all."""
     target: str | None = None
     """What a transcoder predicts, in the same layer; mlp_out by default."""
@@ -142,8 +142,7 @@ class TrainConfig:
     """Folder of the run; runs/sae/<hash of the settings> by default."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, int):  # layer=8, as one writes it in Python
-            object.__setattr__(self, "layer", (self.layer,))
+        object.__setattr__(self, "layer", self.layers)
         for name in ("text", "layer", "prefixes"):
             value = getattr(self, name)
             object.__setattr__(self, name, (Path(value),) if isinstance(value, str | Path) else tuple(value))
@@ -177,10 +176,10 @@ class TrainConfig:
         _require(not missing, f"no such text file: {missing[0] if missing else ''}")
 
     def _check_shape(self) -> None:
-        _require(len(self.layer) > 0, "layer names none")
-        _require(len(set(self.layer)) == len(self.layer), f"layer names one twice: {self.layer}")
+        _require(len(self.layers) > 0, "layer names none")
+        _require(len(set(self.layers)) == len(self.layers), f"layer names one twice: {self.layers}")
         if self.kind == "crosscoder":
-            _require(len(self.layer) > 1, f"a crosscoder reads several layers; found {self.layer}")
+            _require(len(self.layers) > 1, f"a crosscoder reads several layers; found {self.layers}")
         _require(self.target is None or self.transcodes, f"target is for transcoders; this is a {self.kind}")
         if self.architecture in TOP_K:
             _require(1 <= self.k <= self.d_sae, f"k must be 1 … d_sae = {self.d_sae}; found {self.k}")
@@ -217,6 +216,11 @@ class TrainConfig:
         _require(self.n_tokens >= self.batch, f"n_tokens must be at least a batch, {self.batch}; found {self.n_tokens}")
 
     # What follows from them
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, also where one is given."""
+        return (self.layer,) if isinstance(self.layer, int) else self.layer
 
     @property
     def transcodes(self) -> bool:

@@ -6,8 +6,8 @@ All are run on the same tokens. The difference of FVU is that of the mean errors
 that they share; its interval is over documents (paired: every document is read by all). CE recovered is compared in
 the same way. Exit code 0 if the upper limit of the FVU's difference is at most .005 and all have the same L0.
 
-Theirs come from `scripts/reference/train_sae_lens.py`, on a store of `mechinterp sae harvest`; ours from the same
-store (`mechinterp sae train --store STORE`), with the same batch, learning rate and tokens.
+Theirs come from `scripts/reference/train_sparsify.py` or `train_sae_lens.py`, on a store of `mechinterp sae harvest`;
+ours from the same store (`mechinterp sae train --store STORE`), with the same batch, learning rate and tokens.
 """
 
 import argparse
@@ -32,15 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--theirs", nargs="+", required=True, metavar="DIR")
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--blocks", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=60)
+    parser.add_argument("--per-document", type=int, default=1)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     model = mi.load(args.model)
     print(model.header())
-    text = mi.text.blocks(model, args.text, args.length, args.blocks, per_document=4)
+    text = mi.text.blocks(model, args.text, args.length, args.blocks, args.per_document)
     print(f"{len(text)} blocks of {args.length} tokens from {len(text.document.unique())} documents of {text.source}")
-    found = {side: [measured(model, path, text) for path in getattr(args, side)] for side in ("ours", "theirs")}
+    found = {
+        side: [measured(model, path, args.ours[0], text) for path in getattr(args, side)] for side in ("ours", "theirs")
+    }
     made = compared(found["ours"], found["theirs"], text.document.numpy())
     ok = made["fvu"]["high"] <= MARGIN and made["same_l0"]
     print(f"\nours − theirs, 95% over documents:\nFVU {shown(made['fvu'])}, allowed {MARGIN}")
@@ -51,21 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def measured(model: mi.HookedModel, path: str, text: mi.text.Blocks) -> "mi.sae.SAEEvaluation":
+def measured(model: mi.HookedModel, path: str, like: str, text: mi.text.Blocks) -> "mi.sae.SAEEvaluation":
     """One autoencoder on the text."""
+    # Theirs say nothing of sites and excluded positions: all are read where ours are.
     sae = mi.sae.load(path)
-    # Theirs say nothing of excluded positions: all are read at those that ours were trained on.
-    result = mi.sae.evaluate(model, with_rule_of(model, sae), text)
+    sae.metadata = mi.sae.load(like).metadata
+    result = mi.sae.evaluate(model, sae, text)
     print(f"{path}\n  {result.summary()}", flush=True)
     return result
-
-
-def with_rule_of(model: mi.HookedModel, sae: "mi.sae.SparseAutoencoder") -> "mi.sae.SparseAutoencoder":
-    """The autoencoder, read where ours are."""
-    from dataclasses import replace
-
-    sae.metadata = replace(sae.metadata, exclusion=mi.sae.Exclusion.of_model(model), model=model.info.name)
-    return sae
 
 
 def compared(ours: Sequence[Any], theirs: Sequence[Any], documents: np.ndarray) -> dict[str, Any]:

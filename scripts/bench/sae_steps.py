@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechinterp.sae import architectures
+from mechinterp.sae.activations.memory import keep_freed_memory
 from mechinterp.sae.autoencoder import Objective, SAEConfig, SparseAutoencoder
 from mechinterp.sae.config import TrainConfig
 from mechinterp.sae.training.trainer import Trainer
@@ -69,6 +70,7 @@ class Setting:
     """Weights and batch."""
 
     def __init__(self, shape: Shape, device: str = "cpu"):
+        keep_freed_memory(torch.device(device))  # as `train` does
         self.shape, self.device = shape, device
         self.x = torch.randn(shape.batch, shape.d_in, generator=torch.Generator().manual_seed(0)).to(device)
 

@@ -133,8 +133,7 @@ def whole_run(folder: Path, processes, resume: bool = False, stop: int | None = 
 def refusals(folder: Path, processes) -> dict[str, str]:
     """What goes wrong in one process must be told in both, and hang none."""
     from mechinterp.errors import UserError
-    from mechinterp.sae.training import checkpoints, trainer
-    from mechinterp.sae.training import train as training
+    from mechinterp.sae.training import checkpoints, run, trainer
 
     found = {}
 
@@ -148,7 +147,7 @@ def refusals(folder: Path, processes) -> dict[str, str]:
     def full(tensors, path):
         raise OSError(28, "No space left on device")
 
-    save_file, write_json, isfinite = checkpoints.save_file, training.write_json, torch.isfinite
+    save_file, write_json, isfinite = checkpoints.save_file, run.write_json, torch.isfinite
     for name, broken in (("disk of the first", 0), ("disk of the second", 1)):
         if processes.rank == broken:
             checkpoints.save_file = full
@@ -157,9 +156,9 @@ def refusals(folder: Path, processes) -> dict[str, str]:
     (folder / "a file").write_text("")
     told("no folder", lambda: whole_run(folder / "a file" / "run", processes))
     if processes.rank == 0:
-        training.write_json = lambda path, value: full({}, path)
+        run.write_json = lambda path, value: full({}, path)
     told("no config", lambda: whole_run(folder / "no config", processes))
-    training.write_json = write_json
+    run.write_json = write_json
     if processes.rank == 1:
         trainer.torch.isfinite = lambda x: isfinite(x) & False
     told("nan in the second", lambda: whole_run(folder / "nan", processes))

@@ -1,6 +1,7 @@
 """Memory: what a table of activations takes, asked before it is allocated; and how a training process keeps its own."""
 
 import ctypes
+import os
 from collections.abc import Mapping
 
 import psutil
@@ -39,9 +40,9 @@ def keep_freed_memory(device: torch.device) -> None:
     """On the CPU, let this process keep the memory that it frees, where its C library is glibc.
 
     A step frees tables of tens of megabytes and asks for the same again. By default each goes back to the system, and
-    comes anew page by page: a fifth of the time of a step.
+    comes anew page by page: a fifth of the time of a step. MECHINTERP_KEEP_FREED_MEMORY=0 leaves it as it is.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or os.environ.get("MECHINTERP_KEEP_FREED_MEMORY") == "0":
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -7,7 +7,7 @@ All sites of a run come from one pass of the model. Each process reads documents
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -144,10 +144,14 @@ def load_model(config: TrainConfig, processes: Processes) -> HookedModel:
 def token_blocks(
     config: TrainConfig, model: HookedModel, shard: tuple[int, int] = (0, 1), data: DataSet | None = None
 ) -> TokenBlocks:
-    """The training documents of a shard, as packed blocks."""
+    """The training documents of a shard, as packed blocks.
+
+    Documents of files are shuffled, for an autoencoder ends up fitted to the book that comes last; a stream is not.
+    """
+    seed = config.seed if isinstance(data, Sized) or (config.text and data is None) else None
     return TokenBlocks(
-        model, text_source(config, data), config.context, shard, config.held_out_every, split=config.split,
-        column=config.column,
+        model, text_source(config, data), config.context, shard, config.held_out_every, seed, config.split,
+        config.column,
     )  # fmt: skip
 
 
@@ -195,7 +199,7 @@ def exclusion_of(config: TrainConfig, model: HookedModel) -> Exclusion:
 def sites(config: TrainConfig, model: HookedModel) -> list[Site]:
     """Every site that is read or reconstructed, once. Raises UserError for those that the model does not have."""
     names = [config.site] + ([config.target or "mlp_out"] if config.transcodes else [])
-    found = [model.resolve(Site(name, layer)) for name in names for layer in config.layer]
+    found = [model.resolve(Site(name, layer)) for name in names for layer in config.layers]
     return list(dict.fromkeys(found))
 
 
@@ -218,8 +222,8 @@ def _from_text(config: TrainConfig, model: HookedModel, processes: Processes, da
         text=blocks.source,
     )
     layers = [site.layer for site in sites(replace(config, kind="sae", target=None), model) if site.layer is not None]
-    if len(layers) < len(config.layer):
-        raise UserError(f"layer names one twice, or none: {config.layer} of {config.site} is {layers or 'no layer'}")
+    if len(layers) < len(config.layers):
+        raise UserError(f"layer names one twice, or none: {config.layers} of {config.site} is {layers or 'no layer'}")
     origin = {
         "model weights": metadata.weights_hash,
         "text": metadata.text,
@@ -258,8 +262,8 @@ def jobs(config: TrainConfig, layers: list[int], metadata: Metadata) -> tuple[Jo
 def _from_store(config: TrainConfig, folder: Path, model: HookedModel | None, processes: Processes) -> Source:
     store = Store.open(folder)
     origin = store.manifest.origin
-    if min(config.layer) < 0:
-        raise UserError(f"with a store, layers are counted from 0; found {', '.join(map(str, config.layer))}")
+    if min(config.layers) < 0:
+        raise UserError(f"with a store, layers are counted from 0; found {', '.join(map(str, config.layers))}")
     rule = Exclusion.of(origin.exclusion)
     asked = (not config.keep_first, config.outlier, config.context)
     if asked != (rule.first, rule.outlier, origin.context):
@@ -274,7 +278,7 @@ def _from_store(config: TrainConfig, folder: Path, model: HookedModel | None, pr
         weights_hash=origin.weights_hash,
         text=origin.text,
     )
-    made = jobs(config, list(config.layer), metadata)
+    made = jobs(config, list(config.layers), metadata)
     names = list(dict.fromkeys(name for job in made for name in (*job.reads, *job.writes)))
     if model is None and config.model != origin.model:
         raise UserError(f"the store in {folder} is of the model {origin.model}, not {config.model}")

@@ -115,8 +115,9 @@ class Store:
         """The rows as a source of chunks.
 
         Args:
-            seed: of the order of the shards, which is another one in every pass; that of writing by default None.
-            shard: `(rank, world)`: every world-th shard, from the rank-th on. In a pass the ranks read every shard
+            seed: of the order of the chunks, over all shards, which is another one in every pass; that of writing by
+                default None.
+            shard: `(rank, world)`: every world-th chunk, from the rank-th on. In a pass the ranks read every chunk
                 once, and may read unequally many.
             hook_names: some of the sites; all by default None.
             endless: begin anew after the last shard, instead of raising StopIteration.
@@ -128,11 +129,8 @@ class Store:
                 below 1.
         """
         rank, world = shard
-        if not (0 <= rank < world and world <= len(self.manifest.shards)):
-            raise UserError(
-                f"rank {rank} of {world} was asked for; valid: a rank below the world, and at most as many ranks as "
-                f"the {len(self.manifest.shards)} shards of {self.folder} (harvest smaller shards for more)"
-            )
+        if not 0 <= rank < world:
+            raise UserError(f"rank {rank} of {world} was asked for; valid: a rank below the world")
         names = self.hook_names if hook_names is None else tuple(hook_names)
         missing = [name for name in names if name not in self.hook_names]
         if missing or not names:
@@ -142,6 +140,11 @@ class Store:
             chunk_tokens = max(1, CHUNK_BYTES // row)
         if chunk_tokens < 1:
             raise UserError(f"chunk_tokens must be at least 1; found {chunk_tokens}")
+        pieces = sum(-(-one.tokens // chunk_tokens) for one in self.manifest.shards)
+        if world > pieces:
+            raise UserError(
+                f"{world} processes cannot share the {pieces} chunks of {self.folder}: ask for smaller chunks"
+            )
         return StoreChunks(self, names, seed, rank, world, endless, chunk_tokens, torch.device(device))
 
 
@@ -162,7 +165,8 @@ class StoreChunks:
         self.store, self.names, self.endless = store, names, endless
         self.seed, self.rank, self.world, self.chunk_tokens = seed, rank, world, chunk_tokens
         self.device = device
-        self._pass, self._position, self._row = 0, 0, 0  # of the shards of this rank, in the order of the pass
+        self._pass, self._position = 0, 0  # of the pieces of this rank, in the order of the pass
+        self._order: tuple[int, list[tuple[int, int]]] = (-1, [])  # of which pass, and its pieces
         self._offsets: tuple[str, dict[str, int]] = ("", {})  # of the shard that is being read
 
     def chunk(self) -> dict[str, Tensor]:
@@ -172,25 +176,30 @@ class StoreChunks:
             StopIteration: the one pass is over.
             UserError: a shard is missing or damaged; the message names it.
         """
-        order = self._order()
-        if self._position == len(order):
+        if self._position == len(self._pieces()):
             if not self.endless:
                 raise StopIteration
             self._pass, self._position = self._pass + 1, 0
-            order = self._order()
-        shard = self.store.manifest.shards[order[self._position]]
-        n = min(self.chunk_tokens, shard.tokens - self._row)
-        rows = self._read(shard, self._row, n)
-        self._row += n
-        if self._row == shard.tokens:
-            self._position, self._row = self._position + 1, 0
+        number, start = self._pieces()[self._position]
+        shard = self.store.manifest.shards[number]
+        rows = self._read(shard, start, min(self.chunk_tokens, shard.tokens - start))
+        self._position += 1
         return rows
 
-    def _order(self) -> list[int]:
-        """The shards of this rank in this pass. All ranks draw the same order, and deal it out."""
-        n = len(self.store.manifest.shards)
-        order = range(n) if self.seed is None else np.random.default_rng([self.seed, self._pass]).permutation(n)
-        return [int(one) for one in order[self.rank :: self.world]]
+    def _pieces(self) -> list[tuple[int, int]]:
+        """This rank's pieces of this pass, (shard, first row). All ranks draw the same order, and deal it out.
+
+        Pieces are shuffled over the whole store, not inside of shards: a shard may be one book, and an autoencoder ends
+        up fitted to the book that came last.
+        """
+        if self._order[0] != self._pass:
+            shards = enumerate(self.store.manifest.shards)
+            every = [(number, start) for number, shard in shards for start in range(0, shard.tokens, self.chunk_tokens)]
+            order = range(len(every))
+            if self.seed is not None:
+                order = np.random.default_rng([self.seed, self._pass]).permutation(len(every)).tolist()
+            self._order = self._pass, [every[one] for one in order][self.rank :: self.world]
+        return self._order[1]
 
     def _read(self, shard: Shard, start: int, n: int) -> dict[str, Tensor]:
         """Rows start … start + n of a shard, read into fresh tensors."""
@@ -218,13 +227,12 @@ class StoreChunks:
             "chunk_tokens": self.chunk_tokens,
             "pass": self._pass,
             "position": self._position,
-            "row": self._row,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the state was taken. Raises UserError if it is of another store, order, rank or chunk size."""
         here = self.state_dict()
-        place = ("pass", "position", "row")
+        place = ("pass", "position")
         differs = [
             f"{name} {state.get(name)}, not {value}"
             for name, value in here.items()
@@ -232,7 +240,7 @@ class StoreChunks:
         ]
         if differs:
             raise UserError(f"the state is of other chunks than these of {self.store.folder}: {'; '.join(differs)}")
-        self._pass, self._position, self._row = (int(state[name]) for name in place)
+        self._pass, self._position = (int(state[name]) for name in place)
 
 
 def _read_into(file: Any, table: Tensor) -> None:
