@@ -95,8 +95,12 @@ class TopK(SparseAutoencoder):
 
     Dead features are revived by `auxk`: the k_aux largest of them reconstruct what the others missed.
 
-    Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders". The encoder begins shorter than there (as it does in
+    sparsify): with rows of norm 1 the first reconstructions overshoot, and after a million tokens of SmolLM2 the FVU on
+    held-out text is .217, not .205 (norms .15 to .6 are alike).
     """
+
+    encoder_scale = 3**-0.5
 
     def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
         assert self.config.k is not None

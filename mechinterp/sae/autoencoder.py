@@ -183,15 +183,17 @@ class SparseAutoencoder(nn.Module):
         config: shape and kind.
         metadata: where it belongs.
         decoder_norm: of every decoder row at the start.
+        encoder_scale: of encoder rows at the start, which are decoder rows times this.
         unit_norm: whether training holds decoder rows at norm 1.
     """
 
     decoder_norm: ClassVar[float] = 1.0
+    encoder_scale: ClassVar[float] = 1.0
     unit_norm: bool = True
     has_b_enc: ClassVar[bool] = True
 
     def __init__(self, config: SAEConfig, metadata: Metadata | None = None, seed: int = 0):
-        """Decoder rows of random directions, W_enc = W_dec. A transcoder's decoder begins at 0."""
+        """Decoder rows of random directions, encoder rows along them. A transcoder's decoder begins at 0."""
         super().__init__()
         self.config = config
         self.metadata = metadata or Metadata()
@@ -203,7 +205,7 @@ class SparseAutoencoder(nn.Module):
             self.W_enc = nn.Parameter(read / read.norm(dim=1, keepdim=True))
             self.W_dec = nn.Parameter(torch.zeros_like(rows))
         else:
-            self.W_enc = nn.Parameter(rows.clone())
+            self.W_enc = nn.Parameter(self.encoder_scale * rows)
             self.W_dec = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae)) if self.has_b_enc else None
         self.b_dec = nn.Parameter(torch.zeros(config.d_out))

@@ -505,7 +505,7 @@ def test_fresh_weights(kind, shape):
         assert not one.W_dec.any()
         torch.testing.assert_close(one.W_enc.norm(dim=1), torch.ones(D_SAE))
     else:
-        assert torch.equal(one.W_dec, one.W_enc)
+        assert torch.equal(one.encoder_scale * one.W_dec, one.W_enc)
         torch.testing.assert_close(one.W_dec.norm(dim=1), torch.full((D_SAE,), one.decoder_norm))
     assert one.W_enc.data_ptr() != one.W_dec.data_ptr()
     x = torch.randn(3, config.d_in)
