@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import mechinterp as mi
 from mechinterp.results import write_json
@@ -35,12 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=60)
     parser.add_argument("--per-document", type=int, default=1)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--fvu-only", action="store_true", help="leave out the runs of the model with each in place")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     model = mi.load(args.model)
     print(model.header())
     text = mi.text.blocks(model, args.text, args.length, args.blocks, args.per_document)
     print(f"{len(text)} blocks of {args.length} tokens from {len(text.document.unique())} documents of {text.source}")
+    if args.fvu_only:
+        return fvu_only(model, args, text)
     found = {
         side: [measured(model, path, args.ours[0], text) for path in getattr(args, side)] for side in ("ours", "theirs")
     }
@@ -51,6 +55,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         runs = {side: [one.to_json() | {"about": None} for one in results] for side, results in found.items()}
         write_json(args.json, {"ok": ok, "compared": made, "runs": runs, "text": text.source, "blocks": len(text)})
+    return 0 if ok else 1
+
+
+def fvu_only(model: mi.HookedModel, args: argparse.Namespace, text: mi.text.Blocks) -> int:
+    """The comparison of FVU alone: one pass of the model up to the site serves all."""
+    like = mi.sae.load(args.ours[0]).metadata
+    (name,) = like.reads
+    kept = like.exclusion.mask(text.prompts.tokens, text.prompts.real)
+    x = model.run_with_cache(text.prompts, [name])[1][name][kept]
+    documents = text.document[:, None].expand_as(kept)[kept].numpy()
+    variance = (x - x.mean(0)).square().sum(1).double().numpy()
+    errors, l0 = {}, {}
+    for side in ("ours", "theirs"):
+        found = [mi.sae.load(path) for path in getattr(args, side)]
+        with torch.no_grad():
+            made = [sae(x) for sae in found]
+        errors[side] = np.stack([(x - one.reconstruction).square().sum(1).double().numpy() for one in made])
+        l0[side] = [float(one.codes.l0()) / len(x) for one in made]
+        print(
+            f"{side}: FVU {', '.join(f'{error.sum() / variance.sum():.4f}' for error in errors[side])}, L0 {l0[side]}"
+        )
+    gap = difference((errors["ours"] - errors["theirs"]).mean(0), variance, documents)
+    same = bool(abs(np.mean(l0["ours"]) / np.mean(l0["theirs"]) - 1) <= SAME_L0)
+    ok = gap["high"] <= MARGIN and same
+    print(f"FVU, ours − theirs {shown(gap)} (95% over {len(np.unique(documents))} documents), allowed {MARGIN}")
+    if args.json:
+        by_seed = {side: (errors[side].sum(1) / variance.sum()).tolist() for side in errors}
+        made_of = {"text": text.source, "tokens": len(x), "documents": len(np.unique(documents))}
+        made_of["theirs"] = [Path(one).name for one in args.theirs]
+            "text": text.source,
+            "tokens": len(x),
+            "documents": len(np.unique(documents)),
+            "theirs": [Path(one).name for one in args.theirs],
+        }
+        write_json(args.json, {"ok": ok, "fvu": gap, "fvu_by_seed": by_seed, "l0": l0, **made_of})
     return 0 if ok else 1
 
 
