@@ -82,8 +82,7 @@ def fvu_only(model: mi.HookedModel, args: argparse.Namespace, text: mi.text.Bloc
     print(f"FVU, ours − theirs {shown(gap)} (95% over {len(np.unique(documents))} documents), allowed {MARGIN}")
     if args.json:
         by_seed = {side: (errors[side].sum(1) / variance.sum()).tolist() for side in errors}
-        made_of = {"text": text.source, "tokens": len(x), "documents": len(np.unique(documents))}
-        made_of["theirs"] = [Path(one).name for one in args.theirs]
+        made_of = {
             "text": text.source,
             "tokens": len(x),
             "documents": len(np.unique(documents)),
