@@ -131,7 +131,7 @@ class TopK(SparseAutoencoder):
             made = self.decode(codes, x)
             return made, {"fvu": squared_error(y, made) / objective.variance}
         assert objective.dead is not None
-        dead = _largest(encoded.also.relu(), objective.k_aux)
+        dead = _largest(encoded.also, objective.k_aux)
         made, revived = codes.selection.decode_with(codes.values, self.W_dec, objective.dead, dead)
         made = self.with_biases(made, x)
         losses = {"fvu": squared_error(y, made) / objective.variance}
@@ -197,7 +197,7 @@ class Matryoshka(BatchTopK):
             errors.append(squared_error(y, made) / objective.variance)
         losses = {"fvu": torch.stack(errors).mean()}
         if encoded.also is not None and objective.dead is not None:
-            revived = _largest(encoded.also.relu(), objective.k_aux) @ self.W_dec.index_select(0, objective.dead)
+            revived = _largest(encoded.also, objective.k_aux) @ self.W_dec.index_select(0, objective.dead)
             losses["auxk"] = _auxk(y - made.detach(), revived, objective)
         return made, losses
 
@@ -280,12 +280,11 @@ def _never_none(pre: Tensor, bound: Tensor) -> Entries:
     return Entries.of_flat((pre > bound).view(-1).nonzero().flatten(), *pre.shape)
 
 
-def _largest(values: Tensor, k: int) -> Tensor:
-    """`[batch n]` non-negative values with all but the k largest of each row at 0."""
-    crowded = ((values.detach() > 0).sum(1) > k).nonzero().flatten()
-    if not len(crowded):
-        return values
-    kept = torch.ones_like(values, dtype=torch.bool)
-    top = values.detach()[crowded].topk(k, sorted=False).indices
-    kept[crowded] = kept.new_zeros(len(crowded), kept.shape[1]).scatter_(1, top, True)
-    return values * kept
+def _largest(pre: Tensor, k: int) -> Tensor:
+    """`[batch n]` pre-activations with all but the k largest positive ones of each row at 0."""
+    kept = pre.detach() > 0
+    crowded = (torch.count_nonzero(kept, dim=1) > k).nonzero().flatten()
+    if len(crowded):
+        top = pre.detach()[crowded].topk(k, sorted=False).indices
+        kept[crowded] = torch.zeros_like(kept[crowded]).scatter_(1, top, True)
+    return pre * kept

@@ -214,7 +214,8 @@ class _Encode(torch.autograd.Function):
         ctx.save_for_backward(x, centre, weight, also)
         ctx.entries = entries
         values = pre.view(-1).index_select(0, entries.rows * pre.shape[1] + entries.index)
-        return values, None if also is None else pre.index_select(1, also)
+        # gather, for index_select runs on one thread here
+        return values, None if also is None else pre.gather(1, also.expand(len(pre), -1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

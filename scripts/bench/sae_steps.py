@@ -89,7 +89,7 @@ class Setting:
         config = SAEConfig(architecture, shape.d_in, shape.d_sae, k)
         if k is not None:
             return architectures.make(config).to(self.device)
-        pre = self.x[:64] @ self.autoencoder("topk").W_enc.detach().T  # the same rows in every architecture
+        pre = self.x[:64] @ architectures.make(config).W_enc.detach().T.to(self.device)
         threshold = float(pre.flatten().topk(shape.k * len(pre)).values[-1])
         return architectures.make(config, threshold=threshold).to(self.device)
 
