@@ -184,13 +184,14 @@ def patterns(model: mi.HookedModel) -> Outcome:
 
 
 COMPOSITION = """
-import resource, torch
+import torch
 torch.set_num_threads({threads})
 import mechinterp as mi
+from mechinterp.manifest import peak_memory_bytes
 model = mi.load("smollm2-135m", device="cpu", bos=False)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_bytes()
 mi.heads.composition(model, "k")
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(before, peak_memory_bytes())
 """
 
 
@@ -198,7 +199,7 @@ def composition(model: mi.HookedModel) -> Outcome:
     """The largest resident size of a process that scores all pairs of heads."""
     program = COMPOSITION.format(threads=torch.get_num_threads())
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    before, peak = (int(part) * 1024 / 1e9 for part in done.stdout.split()[-2:])
+    before, peak = (int(part) / 1e9 for part in done.stdout.split()[-2:])
     return Outcome("composition", peak / 3, None, 1.0, None, peak, before, "GB", None)
 
 

@@ -140,11 +140,10 @@ def test_all_pairs_at_once_are_never_formed():
 
 
 MEASURE = """
-import resource, sys
 import mechinterp as mi
 from mechinterp.heads import composition
+from mechinterp.manifest import peak_memory_bytes as peak
 model = mi.load("smollm2-135m")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 model([[1, 2]])  # the weights are read from the disk when they are first used
 before = peak()
 results = [composition(model, kind) for kind in "qkv"]

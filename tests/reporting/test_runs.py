@@ -129,6 +129,14 @@ def test_manifest_says_what_made_the_numbers(tmp_path):
     assert config == {"model": "tiny", "n": 4, "seed": 3, "sites": ["z"], "out": "a", "side": "clean"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
+def test_peak_memory_is_of_this_process_not_of_the_one_that_started_it():
+    held = bytearray(1_000_000_000)
+    program = "from mechinterp.manifest import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert manifest_module.peak_memory_bytes() > len(held) > 1.5 * int(done.stdout)
+
+
 def test_commit_and_uncommitted_changes(tmp_path, monkeypatch):
     checkout = tmp_path / "checkout"
     checkout.mkdir()
