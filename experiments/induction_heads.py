@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
 import mechinterp as mi
 from experiments.expected import Comparison, compare
-from experiments.settings import Settings, finished
+from experiments.settings import Settings, command_line, finished
 
 if TYPE_CHECKING:
     from mechinterp.heads import CausalResult, CopyingResult, PatternResult
@@ -189,7 +188,4 @@ def report(
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except mi.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(main, Config, __doc__)

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 import mechinterp as mi
 from experiments.circuit_study import HELD_OUT, Study, StudySettings, published, sections, shares, study
 from experiments.expected import Comparison, compare
-from experiments.settings import finished
+from experiments.settings import command_line, finished
 
 if TYPE_CHECKING:
     from mechinterp.circuits import Evaluation
@@ -239,7 +237,4 @@ def report(
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except mi.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(main, Config, __doc__)

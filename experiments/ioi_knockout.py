@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
 import mechinterp as mi
 from experiments.expected import Comparison, compare
 from experiments.ioi_patching import name_heads
-from experiments.settings import Settings, finished
+from experiments.settings import Settings, command_line, finished
 
 if TYPE_CHECKING:
     from mechinterp.ablation import Cumulative, KnockOut, ScanResult, SelfRepair
@@ -240,7 +238,4 @@ def report(
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except mi.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(main, Config, __doc__)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
 import mechinterp as mi
 from experiments.planted_search import CONTROL, TOP_N, Row, SearchSettings, searches
-from experiments.settings import finished
+from experiments.settings import command_line, finished
 
 if TYPE_CHECKING:
     from mechinterp.tasks import PromptPairs
@@ -306,7 +305,4 @@ def _write(value: Any, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except mi.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(main, Config, __doc__)

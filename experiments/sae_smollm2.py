@@ -13,11 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 import mechinterp as mi
 from experiments.expected import Comparison, compare
-from experiments.settings import Settings, finished
+from experiments.settings import Settings, command_line, finished
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"d_sae": 512, "k": 16, "n_tokens": 16_384, "batch": 1024, "buffer": 8_192},
@@ -159,7 +157,4 @@ def report(
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except mi.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(main, Config, __doc__)

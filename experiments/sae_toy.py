@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 import mechinterp as mi
 from experiments.expected import Comparison, compare
@@ -32,7 +31,7 @@ from experiments.sae_toy_training import (
     learn,
     score,
 )
-from experiments.settings import command, finished
+from experiments.settings import command, command_line, finished
 from mechinterp.statistics import Interval
 
 TARGET = 0.95
@@ -47,7 +46,8 @@ class Config(Sizes):
     root: str = field(default="runs", metadata={"in_id": False})
     """Folder of all runs."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise UserError for settings that cannot be."""
         unknown = [name for name in self.architectures if name not in RECIPES]
         if unknown or not self.architectures:
             raise mi.UserError(
@@ -79,6 +79,7 @@ class Found:
 
 def main(config: Config) -> Path:
     """Run the experiment and return the path of the report."""
+    config.check()
     print(f"{config}\n", flush=True)
     with mi.reporting.Run.open("sae_toy", config, root=config.root) as run:
         found = measure(run, config)
@@ -214,10 +215,10 @@ def recovery_section(found: Found) -> "mi.reporting.Section":
     """Mean max cosine and shares."""
     rows = [*found.scores, found.normal]
     columns = ("architecture", "mean max cosine", "by dictionary", f"recovered (≥ {RECOVERED:g})", "one to one",
-               "learned with true", "random", "untrained", "target")  # fmt: skip
+               "learned with true", "target")  # fmt: skip
     cells = tuple(
         (one.name, interval(one.cosine, 3), spread(one.by_seed, 3), percent(one.recovered), percent(one.unique),
-         f"{one.reverse:.3f}", f"{one.random:.3f}", f"{one.untrained:.3f}",
+         f"{one.reverse:.3f}",
          ("reached" if reaches(one) else "NOT reached") if one.name in TARGETED else "–")
         for one in rows
     )  # fmt: skip
@@ -230,8 +231,8 @@ def recovery_section(found: Found) -> "mi.reporting.Section":
     )  # fmt: skip
     return mi.reporting.Section(
         "How much of the dictionary is found",
-        "For each true feature the learned direction that is nearest to it, by its cosine with a sign. *One to one* "
-        "lets a learned feature stand for one true feature only. *Learned with true* is the reverse: how near each "
+        "For each true feature the learned direction that is nearest to it, by its cosine with a sign. \"One to one\" "
+        "lets a learned feature stand for one true feature only. \"Learned with true\" is the reverse: how near each "
         "learned feature is to a true one.",
         figures=(figure,),
         table=mi.reporting.Table(columns, cells, "Means with 95% intervals over features; lowest and highest of the "
@@ -282,13 +283,10 @@ def recipes_section(config: Config) -> "mi.reporting.Section":
     )
     return mi.reporting.Section(
         "Recipes",
-        f"All are trained by `mi.sae.train` on `mi.sae.synthetic_source`, {config.batch} tokens a step.",
+        f"All are trained by mi.sae.train on mi.sae.synthetic_source, {config.batch} tokens a step.",
         table=mi.reporting.Table(columns, rows),
     )
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except mi.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(main, Config, __doc__)

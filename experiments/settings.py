@@ -1,12 +1,18 @@
 """The settings that every experiment has: which model, with or without BOS, where, and the folder of the runs."""
 
 import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
 
 import mechinterp as mi
 from mechinterp.cli import Switch
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -60,3 +66,12 @@ def command(config: Any, script: str) -> str:
 def finished(path: Path) -> None:
     """The last lines of every experiment: where its folder and its report are."""
     print(f"\nreport, figures and results in {path.parent}\n{path}", flush=True)
+
+
+def command_line(main: Callable[[C], Path], config: type[C], description: str | None) -> None:
+    """An experiment as a program. Bad input is one line and exit code 2, as with `mechinterp`."""
+    try:
+        main(tyro.cli(config, description=description))
+    except mi.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 import mechinterp as mi
 from experiments.expected import Comparison, compare
-from experiments.settings import Settings, finished
+from experiments.settings import Settings, command_line, finished
 
 if TYPE_CHECKING:
     from mechinterp.steering import SteeringResult
@@ -197,7 +195,4 @@ def _write(value: Any, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except mi.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(main, Config, __doc__)

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 import mechinterp as mi
 from experiments.expected import compare
-from experiments.settings import finished
+from experiments.settings import command_line, finished
 from experiments.superposition_models import (
     Trained,
     Training,
@@ -36,7 +35,7 @@ from experiments.superposition_models import (
     train_family,
 )
 from experiments.superposition_report import Found, finding, report
-from experiments.superposition_sae import TakenApart, take_apart
+from experiments.superposition_sae import BATCH, TakenApart, take_apart
 from experiments.superposition_shapes import sets, shape_rows
 
 PENTAGON = (5, 2)  # features, dimensions
@@ -80,8 +79,10 @@ class Config:
     root: str = field(default="runs", metadata={"in_id": False})
     """Folder of all runs."""
 
-    def __post_init__(self) -> None:
-        for name, least in {"restarts": 2, "n_importances": 2, "n_densities": 2, "phase_restarts": 1}.items():
+    def check(self) -> None:
+        """Raise UserError for settings that cannot be."""
+        least_of = {"restarts": 2, "n_importances": 2, "n_densities": 2, "phase_restarts": 1, "sae_tokens": BATCH}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise mi.UserError(f"{name} must be at least {least}; found {getattr(self, name)}")
 
@@ -99,6 +100,7 @@ class Config:
 
 def main(config: Config) -> Path:
     """Run the experiment and return the path of the report."""
+    config.check()
     print(f"{config}\n", flush=True)
     with mi.reporting.Run.open("superposition", config, root=config.root) as run:
         found = measure(run, config)
@@ -172,7 +174,4 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except mi.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(main, Config, __doc__)

@@ -37,10 +37,10 @@ TRAIN = ("sae", "train", *SMALL, "--checkpoint-every", "512")
 
 
 def write_letters(path: Path, n: int, seed: int) -> Path:
-    """Documents of 80 letters, the second half a repetition of the first."""
+    """Documents of 80 letters: ten of them, again and again, which the model continues."""
     draw = np.random.default_rng(seed)
-    halves = [" ".join(LETTERS[i] for i in draw.integers(0, len(LETTERS), 40)) for _ in range(n)]
-    path.write_text("\n\n\n".join(f"{half} {half}" for half in halves))
+    tens = [" ".join(LETTERS[i] for i in draw.permutation(len(LETTERS))[:10]) for _ in range(n)]
+    path.write_text("\n\n\n".join(" ".join(8 * [ten]) for ten in tens))
     return path
 
 
@@ -166,9 +166,21 @@ def test_evaluate_writes_what_was_promised(place, held, folder, tmp_path, capsys
     assert "16 blocks of 32 tokens" in said and "documents" in said and "not held out" not in said
 
 
-def test_text_that_was_trained_on_is_told(place, text, capsys):
-    assert main(["sae", "evaluate", str(place / "run"), *text, "--blocks", "4"]) == 0
-    assert "it was trained on a file of the name train.txt; these numbers are not held out" in capsys.readouterr().out
+def test_text_that_was_trained_on_is_told(place, text, held, tmp_path, capsys):
+    told = "it was trained on text of the name train.txt; these numbers are not held out"
+    for given, note in ((text, told), (held, "")):
+        argv = ["sae", "evaluate", str(place / "run"), *given, "--blocks", "4", "--json", str(tmp_path / "e.json")]
+        assert main(argv) == 0
+        assert json.loads((tmp_path / "e.json").read_text())["note"] == note
+        assert (told in capsys.readouterr().out) == bool(note)
+
+
+def test_a_long_document_does_not_stand_for_all(place, tmp_path, capsys):
+    """Intervals are over documents: of each of them come four blocks at most."""
+    short = (place / "held.txt").read_text().split("\n\n\n")
+    (tmp_path / "t.txt").write_text("\n\n\n".join([" ".join(10 * [short[0]]), *short[1:9]]))
+    assert main(["sae", "evaluate", str(place / "run"), "--text", str(tmp_path / "t.txt"), "--blocks", "20"]) == 0
+    assert "20 blocks of 32 tokens, 9 documents" in capsys.readouterr().out
 
 
 def test_text_in_another_column(place, tmp_path, capsys):
@@ -388,7 +400,7 @@ def test_what_is_no_autoencoder(place, held, tmp_path, capsys):
 def test_an_autoencoder_of_another_model(place, held, capsys):
     argv = [place / "run", *held, "--model", "planted-or"]
     says(capsys, ["sae", "evaluate", *argv], "was trained on planted-induction; the model here is planted-or")
-    says(capsys, ["sae", "features", *argv], "reads 280 numbers", "planted-or: 177")
+    says(capsys, ["sae", "features", *argv], "was trained on planted-induction; the model here is planted-or")
 
 
 def test_bad_flags_of_evaluate_and_features(place, held, tmp_path, capsys):

@@ -35,18 +35,18 @@ def train(args: SaeTrain, command: str) -> int:
 
 def evaluate(args: SaeEvaluate, command: str) -> int:
     """All numbers of one autoencoder."""
-    sae, model, text = _inputs(args)
+    sae, model, text, note = _inputs(args)
     result = autoencoders.evaluate(model, sae, text, seed=args.seed)
     print(result.summary())
     print(frame_text(result.top(20)))
     if args.json:
-        save(args.json, result.to_json() | {"command": command}, write_json)
+        save(args.json, result.to_json() | {"command": command, "note": note}, write_json)
     return 0
 
 
 def features(args: SaeFeatures, command: str) -> int:
     """Features as a table, a dashboard, data."""
-    sae, model, text = _inputs(args)
+    sae, model, text, note = _inputs(args)
     chosen = list(args.features) or min(args.n, sae.config.d_sae)
     result = autoencoders.describe(model, sae, text, chosen, seed=args.seed)
     print(result.summary())
@@ -54,7 +54,7 @@ def features(args: SaeFeatures, command: str) -> int:
     if args.html:
         save(args.html, result, partial(_write_dashboard, command))
     if args.json:
-        save(args.json, result.to_json() | {"command": command}, write_json)
+        save(args.json, result.to_json() | {"command": command, "note": note}, write_json)
     return 0
 
 
@@ -85,8 +85,8 @@ def _show(bar: tqdm, tokens: int) -> None:
     bar.update(tokens - bar.n)
 
 
-def _inputs(args: OnText) -> tuple[SparseAutoencoder, HookedModel, Blocks]:
-    """The autoencoder, the model that it belongs to, and the text."""
+def _inputs(args: OnText) -> tuple[SparseAutoencoder, HookedModel, Blocks, str]:
+    """The autoencoder, the model that it belongs to, the text, and what is to be said of the text."""
     sae = autoencoders.load(args.folder)
     name = args.model or sae.metadata.model
     if not name:
@@ -95,14 +95,18 @@ def _inputs(args: OnText) -> tuple[SparseAutoencoder, HookedModel, Blocks]:
     model = load_named(name, args, bos)
     sae.to(model.device)
     length = args.length or sae.metadata.context or 128
-    text = cut(model, *documents(args.dataset or args.text, args.split, args.column), length, args.blocks)
-    _warn_of_training_text(sae, args.text)
+    text = cut(model, *documents(args.dataset or args.text, args.split, args.column), length, args.blocks, PER_DOCUMENT)
     print(f"text: {text.source}, {len(text)} blocks of {length} tokens, {len(text.document.unique())} documents")
-    return sae, model, text
+    note = _not_held_out(sae, args)
+    if note:
+        print(f"note: {note}")
+    return sae, model, text, note
 
 
-def _warn_of_training_text(sae: SparseAutoencoder, files: tuple[Path, ...]) -> None:
-    """Numbers on text that was trained on are no held-out numbers: say so."""
-    seen = set(sae.metadata.text.split(", ")) & {path.name for path in files}
-    if seen:
-        print(f"note: it was trained on a file of the name {', '.join(sorted(seen))}; these numbers are not held out")
+def _not_held_out(sae: SparseAutoencoder, args: OnText) -> str:
+    """Numbers on text that was trained on are no held-out numbers: a line that says so, or nothing."""
+    given = {args.dataset} if args.dataset else {path.name for path in args.text}
+    seen = given & set(sae.metadata.text.split(", "))
+    if not seen:
+        return ""
+    return f"it was trained on text of the name {', '.join(sorted(seen))}; these numbers are not held out"

@@ -63,7 +63,7 @@ class Metadata:
         given = dict(values)
         for name in ("reads", "writes"):
             sites = given.get(name, ())
-            if not isinstance(sites, list | tuple):
+            if not isinstance(sites, list | tuple) or not all(isinstance(one, str) for one in sites):
                 raise UserError(f"{name} must be a list of hook names; found {sites!r}")
             given[name] = tuple(sites)
         exclusion = given.get("exclusion")

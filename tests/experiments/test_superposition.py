@@ -142,4 +142,4 @@ def test_what_is_no_shape_is_said():
 )
 def test_bad_settings_are_one_line(settings, found):
     with pytest.raises(mi.UserError, match=found):
-        Config(**settings)
+        main(Config(**settings))

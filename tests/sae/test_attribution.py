@@ -199,6 +199,32 @@ def test_integrated_gradients_add_up_to_the_whole_effect():
     assert gaps[1] < 0.03 * np.abs(whole).max() < gaps[0]
 
 
+def test_integrated_gradients_of_each_of_several_add_up():
+    """Errors of the others have no gradient: with them in the way the sum would be another one."""
+    of = model("llama")
+    task = pairs(of, False)
+    saes = [
+        tiny_sae(of, Site("resid_post", 0), exclusion=EVERYWHERE),
+        tiny_sae(of, RESID, exclusion=EVERYWHERE, seed=3),
+    ]
+    got = attribute(of, task, saes, steps=48, force=True, exact=0)
+    whole = (got.data["source"] - got.data["base"]).values
+    for number in range(2):
+        change = got.data["change"].values[got.data["sae"].values == number].sum(0)
+        assert np.abs(change - whole).max() < 0.03 * np.abs(whole).max(), number
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_the_behaviour_is_required_of_the_clean_run(direction):
+    of = model("llama")
+    task = pairs(of, False, n=16)
+    value = value_of(task, of(task.clean)) - value_of(task, of(task.corrupted))
+    does, fails = (task.take((value * sign > 0).nonzero().flatten()) for sign in (1, -1))
+    attribute(of, does, tiny_sae(of, RESID), direction=direction, exact=0)
+    with pytest.raises(UserError):
+        attribute(of, fails, tiny_sae(of, RESID), direction=direction, exact=0)
+
+
 def test_the_exact_effect_by_hand():
     of = model("llama")
     task = pairs(of, True)

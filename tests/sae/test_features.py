@@ -9,6 +9,7 @@ import torch
 from mechinterp import Prompts, Site, UserError
 from mechinterp.hooked import weights
 from mechinterp.sae.activations.exclusion import Exclusion
+from mechinterp.sae.features import reading
 from mechinterp.sae.features.contexts import LOWEST, PER_OCTAVE, Batch, Draw, Window
 from mechinterp.sae.features.describe import Features, describe
 from mechinterp.text import Blocks
@@ -144,6 +145,15 @@ def test_outliers_are_left_out():
     plain = describe(of, tiny_sae(of, RESID), blocks, [0])
     cut = describe(of, tiny_sae(of, RESID, exclusion=Exclusion(outlier=1.05)), blocks, [0])
     assert cut.about["n_excluded"] > plain.about["n_excluded"]
+
+
+def test_outliers_are_judged_by_the_first_batch_that_keeps_a_position(monkeypatch):
+    of, blocks = model("llama"), text()
+    first = tuple(blocks.prompts.tokens[0].tolist())
+    monkeypatch.setattr(reading, "BATCH_TOKENS", blocks.prompts.n_pos)  # one block a batch
+    found = describe(of, tiny_sae(of, RESID, exclusion=Exclusion(tokens=first, outlier=3.0)), blocks, [0])
+    plain = describe(of, tiny_sae(of, RESID, exclusion=Exclusion(tokens=first)), blocks, [0])
+    assert 0.9 * plain.about["n_tokens"] < found.about["n_tokens"]
 
 
 def test_examples_are_a_uniform_draw_of_the_positions_that_are_on():
@@ -318,6 +328,10 @@ def test_an_autoencoder_of_another_model_or_of_nothing():
     sae = tiny_sae(of, RESID)
     with pytest.raises(UserError, match="every position of the 4 blocks is excluded"):
         describe(of, tiny_sae(of, RESID, exclusion=Exclusion(tokens=tuple(range(61)))), blocks, [0])
+    with pytest.raises(UserError, match="trained on llama; the model here is gpt2"):
+        describe(model("gpt2"), sae, blocks, [0])
+    with pytest.raises(UserError, match="0 … 63; found 64"):
+        describe(of, sae, blocks, np.array([3, 64]))
     sae.metadata = type(sae.metadata)()
     with pytest.raises(UserError, match="does not say which site"):
         describe(of, sae, blocks, [0])

@@ -208,6 +208,9 @@ def test_an_old_config_of_topk(tmp_path):
         ({"architecture": "topk"}, "k must be"),
         ({"architecture": "topk", "k": 17}, "k must be"),
         ({"architecture": "transcoder", "d_out": 6}, "apply_b_dec_to_input"),
+        ({"activation_fn": "topk", "activation_fn_kwargs": 3}, "is not read"),
+        ({"normalize_activations": ["a"]}, "is not read"),
+        ({"metadata": {"mechinterp": {"config": {"prefixes": 3}}}}, "mechinterp"),
     ],
     ids=lambda value: value.replace(" ", "-").replace("'", "") if isinstance(value, str) else "",
 )
@@ -217,6 +220,15 @@ def test_a_config_that_is_not_understood(tmp_path, changes, named):
     with pytest.raises(UserError) as caught:
         load(folder)
     assert named in str(caught.value) and "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    folder = copied("sae-lens/standard", tmp_path / "a")
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["b_enc"][3] = float("nan")
+    save_file(weights, folder / "sae_weights.safetensors")
+    with pytest.raises(UserError, match="b_enc holds numbers that are not finite"):
+        load(folder)
 
 
 def test_extra_keys_are_ignored(tmp_path):
@@ -296,6 +308,12 @@ def test_convert(tmp_path, name, to):
     assert (out / ("sae.safetensors" if to == "sparsify" else "sae_weights.safetensors")).is_file()
     x = load_file(FOLDERS / name / "expected.safetensors")["x"]
     same(load(out)(x), load(FOLDERS / name)(x))
+
+
+def test_convert_into_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert(FOLDERS / "sae-lens/topk", ".", "saelens")
+    assert load(tmp_path).config == load(FOLDERS / "sae-lens/topk").config
 
 
 def test_convert_keeps_sparsity_and_refuses_other_formats(tmp_path):
@@ -499,7 +517,9 @@ def test_a_hub_that_has_no_such_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["nobody/nothing", "nobody/nothing:blocks.3", "release-name", "../up/there", "a/b:../c"]
+    "name",
+    ["nobody/nothing", "nobody/nothing:blocks.3", "release-name", "../up/there", "a/b:../c", "x" * 300],
+    ids=lambda name: name[:20].replace("/", "-"),
 )
 def test_what_is_nowhere(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """Splices against hooks written by hand: sites, edits, exclusion, transcoders, gradients, suffix runs, bad input."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -278,6 +279,32 @@ def test_a_model_in_half_precision():
     made = splice.at_write(splice.new_value(activation, None, rows), activation, rows)
     want = torch.where(kept_by_hand(prompts)[..., None], by_hand(sae, activation.float())[1].bfloat16(), activation)
     torch.testing.assert_close(made, want.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_an_autoencoder_of_another_precision_than_the_model(dtype):
+    """With its error a splice changes nothing, not even by rounding."""
+    of, prompts = model("llama"), pairs(model("llama"), False).clean
+    sae = tiny_sae(of, RESID).to(dtype)
+    assert torch.equal(of(prompts, [Splice(sae)]), of(prompts))
+    assert of(prompts, [Splice(sae, error=False)]).dtype == torch.float32
+
+
+def test_features_are_numbers_of_any_library():
+    of, prompts = model("llama"), pairs(model("llama"), False).clean
+    sae = tiny_sae(of, RESID)
+    want = of(prompts, [Splice(sae, ablate=[3], noop_ok=True)])
+    for three in (np.int64(3), np.array([3]), torch.tensor([3])):
+        assert torch.equal(of(prompts, [Splice(sae, ablate=three, noop_ok=True)]), want)
+    with pytest.raises(TypeError):
+        Splice(sae, ablate=np.array([2.7]))
+
+
+def test_published_names_of_a_model():
+    of, prompts = model("gpt2"), pairs(model("gpt2"), False).clean
+    sae = tiny_sae(of, RESID)
+    object.__setattr__(sae.metadata, "model", "gpt2-small")
+    assert of(prompts, [Splice(sae)]).isfinite().all()
 
 
 # Bad input

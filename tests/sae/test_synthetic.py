@@ -10,7 +10,6 @@ from mechinterp.sae.toys.known_dictionary import (
     KnownDictionary,
     cosine_matrix,
     greedy_matching,
-    mean_max_cosine,
     recovery,
 )
 
@@ -91,7 +90,6 @@ def test_recovery_of_a_known_part():
     assert found.recovered.low < 0.5 < found.recovered.high
     want = (10 + float(cosine_matrix(truth[10:], learned[learned.norm(dim=1) > 0]).amax(1).sum())) / 20
     assert found.mean_max_cosine.estimate == pytest.approx(want, abs=1e-6)
-    assert mean_max_cosine(truth, learned) == pytest.approx(want, abs=1e-6)
     assert found.control < 0.4 and found.control_recovered == 0
     assert "50.0%" in found.summary() and "20 true features" in found.summary()
 

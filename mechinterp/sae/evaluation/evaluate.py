@@ -7,7 +7,7 @@
 3. *Inside the model.* At the kept tokens the site becomes the reconstruction, zero, or the mean, and what comes after
    is run again from there (hooked/suffix.py). Cross-entropy of every token of a block but the first, and
    KL(clean ‖ spliced) of the same predictions: the same ones in every arm, also where the position itself is excluded.
-   Loss recovered is (CE_ablated − CE_spliced) / (CE_ablated − CE_clean).
+   Loss recovered is (CE_ablated − CE_spliced) / (CE_ablated − CE_clean), undefined where ablation costs nothing.
 4. *Control.* The first principal components of this very text, as many as a token has features on: what as many
    numbers a token do without a dictionary. They are fitted to what they are measured on, which favours them.
 5. *Intervals* resample documents, numerator and denominator together; the mean and the components are held fixed. How
@@ -18,6 +18,7 @@ The mean is that of all the text, the best constant there is: mean ablation is a
 loss as low. Names of SAEBench's core metrics (Karvonen et al. 2025) stand beside ours where they are the same thing.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +138,7 @@ class SAEEvaluation(Result):
         )
         return (
             f"{self.about['architecture']} at {self.about['writes']}: L0 {show('l0', 1)}, FVU {show('fvu')}{control}"
-            f"{inside}, {self['dead_fraction']:.1%} of {self.data.sizes['feature']} features dead "
+            f"{inside}, {self['dead_fraction']:.1%} of {self.data.sizes['feature']} features on nowhere "
             f"(n={int(self.data['n_tokens'].sum()):,} tokens of {self.about['n_documents']} documents, "
             f"95% {self.about['scope']})"
         )
@@ -159,6 +160,7 @@ def evaluate(
         UserError: an autoencoder of another model or width; a text in which every token is excluded, or of one token a
             block.
     """
+    sae = _single(sae)
     places = Places.of(model, sae)
     n, n_pos = text.prompts.tokens.shape
     if n_pos < 2:
@@ -177,6 +179,11 @@ def evaluate(
             if places.spliceable:
                 run_arms(places, target, recording, rows, tally)
     return _evaluated(model, sae, text, places, target, tally, seed)
+
+
+def _single(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """In float32, in which narrower weights are exact and the numbers do not depend on how it was saved."""
+    return sae if sae.W_dec.dtype == torch.float32 else copy.deepcopy(sae).float()
 
 
 def _evaluated(

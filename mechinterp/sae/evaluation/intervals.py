@@ -56,7 +56,10 @@ def losses(tally: Tally, numbers: Numbers) -> None:
         numbers.ratio("kl" if arm == "spliced" else f"kl_{arm}", tally.numpy(f"kl_{arm}"), n)
     clean, spliced, *ablated = (tally.numpy(f"ce_{arm}") for arm in ("clean", *ARMS))
     for name, of in zip(ARMS[1:], ablated, strict=True):
-        numbers.ratio(f"ce_recovered_{name}", of - spliced, of - clean)
+        if of.sum() > clean.sum():
+            numbers.ratio(f"ce_recovered_{name}", of - spliced, of - clean)
+        else:  # nothing is lost that could be recovered
+            numbers.undefined(f"ce_recovered_{name}")
 
 
 def densities(tally: Tally, numbers: Numbers, kept: np.ndarray) -> np.ndarray:

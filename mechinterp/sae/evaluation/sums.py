@@ -204,6 +204,8 @@ def reconstruct(
     parts = [torch.zeros_like(y[:0])]
     l0, l1 = (torch.zeros(len(block), device=kept.device) for _ in range(2))
     for rows_here in torch.arange(len(block), device=kept.device).split(max(1, PAIRS // sae.config.d_sae)):
+        if not len(rows_here):  # every position of these blocks is excluded
+            break
         output = frozen(sae, x[rows_here])
         parts.append(output.reconstruction)
         values, feature, row = output.codes.sparse()

@@ -14,10 +14,10 @@ Three things for a sceptic, each beside its null:
 Bricken et al. 2023, "Towards Monosemanticity"; the quantiles after Bills et al. 2023.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from mechinterp.sae.features.arrays import Arrays
 from mechinterp.sae.features.contexts import LOWEST, PER_OCTAVE, Window
 from mechinterp.sae.features.logits import logit_effects, refusal
 from mechinterp.sae.features.reading import Collected, choose, collect, sites_of
+from mechinterp.sae.splicing.splice import require_model
 from mechinterp.text import Blocks
 
 N_FEATURES = 100
@@ -146,7 +147,7 @@ def describe(
     model: HookedModel,
     sae: SparseAutoencoder,
     text: Blocks,
-    features: Sequence[int] | int | None = None,
+    features: Iterable[SupportsIndex] | SupportsIndex | None = None,
     *,
     n_contexts: int = 12,
     n_examples: int = 3,
@@ -166,11 +167,13 @@ def describe(
         seed: of the draws and the intervals.
 
     Raises:
-        UserError: numbers out of range, sites that the model does not have, text that is excluded as a whole.
+        UserError: numbers out of range, an autoencoder of another model, unknown sites, text that is
+            excluded as a whole.
     """
     for name, value in (("n_contexts", n_contexts), ("n_examples", n_examples), ("window", window)):
         if value < 1:
             raise UserError(f"{name} must be at least 1; found {value}")
+    require_model(sae, model)
     sites_of(model, sae)
     choice = choose(model, sae, text, N_FEATURES if features is None else features, seed)
     found = collect(model, sae, text, choice, n_contexts, Window.of(window), seed)

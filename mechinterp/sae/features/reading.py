@@ -12,8 +12,10 @@ were asked for, where they are chosen) contexts × window × 12 bytes, documents
 different token that it is on at. It does not grow with the number of features of the autoencoder.
 """
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -82,7 +84,11 @@ class Collected:
 
 
 def choose(
-    model: HookedModel, sae: SparseAutoencoder, text: Blocks, features: Sequence[int] | int, seed: int
+    model: HookedModel,
+    sae: SparseAutoencoder,
+    text: Blocks,
+    features: Iterable[SupportsIndex] | SupportsIndex,
+    seed: int,
 ) -> Choice:
     """The features given, or so many chosen.
 
@@ -90,12 +96,14 @@ def choose(
         UserError: numbers beyond the autoencoder or repeated, or none.
     """
     d_sae = sae.config.d_sae
-    if not isinstance(features, int):
+    if isinstance(features, Iterable):
+        features = [operator.index(one) for one in features]
         wrong = [one for one in features if not 0 <= one < d_sae]
         if wrong or not features or len(set(features)) < len(features):
             found = wrong[0] if wrong else "none" if not features else "some twice"
             raise UserError(f"features must be different numbers 0 … {d_sae - 1}; found {found}")
-        return Choice(torch.tensor(list(features)), len(features), 0, "given")
+        return Choice(torch.tensor(features), len(features), 0, "given")
+    features = operator.index(features)
     if features < 1:
         raise UserError(f"at least one feature must be described; found {features}")
     n_drawn = min(features, d_sae) // 2
@@ -165,8 +173,9 @@ def encoded(model: HookedModel, sae: SparseAutoencoder, text: Blocks) -> Iterato
         kept = rule.mask(prompts.tokens, prompts.real).to(x.device)
         if rule.outlier is not None:
             norms = x.float().norm(dim=-1)
-            largest_norm = largest_norm or rule.outlier * float(norms[kept].median())  # of the first batch
-            kept &= norms <= largest_norm
+            if largest_norm is None and kept.any():
+                largest_norm = rule.outlier * float(norms[kept].median())  # of the first batch that has any
+            kept &= norms <= (largest_norm or 0.0)
         with torch.no_grad():  # not around the yield: what a caller does in between is its own
             codes = sae.encode(x[kept].to(sae.W_enc))
         yield codes, Part(kept.cpu())

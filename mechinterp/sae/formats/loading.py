@@ -9,7 +9,7 @@ from torch import Tensor
 from mechinterp.errors import UserError
 from mechinterp.sae.autoencoder import SparseAutoencoder
 from mechinterp.sae.formats import dictionary_learning, hub, saelens, sparsify
-from mechinterp.sae.formats.weights import place, read_tensors
+from mechinterp.sae.formats.weights import one_line, place, read_tensors
 from mechinterp.sae.formats.writing import SAELENS_WEIGHTS, SPARSIFY_WEIGHTS, SPARSITY
 
 READERS: dict[str, Callable[[Path], SparseAutoencoder]] = {
@@ -36,7 +36,15 @@ def load(
             has no equal here, a pickle that asks for more than tensors, no network.
     """
     folder = _found(source)
-    return place(READERS[_weights_in(folder)[0]](folder), device, dtype)
+    try:
+        sae = READERS[_weights_in(folder)[0]](folder)
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        # Readers name what they know of; a config can be wrong in more ways than that.
+        raise UserError(f"{folder} is not read: {type(error).__name__} {one_line(error)}") from error
+    for name, value in sae.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{folder}: {name} holds numbers that are not finite")
+    return place(sae, device, dtype)
 
 
 def read_sparsity(source: str | Path) -> Tensor | None:
@@ -71,7 +79,7 @@ def convert(source: str | Path, out: str | Path, to: str = "saelens") -> Path:
 def _found(source: str | Path) -> Path:
     """The folder that holds the weights."""
     folder = Path(source).expanduser()
-    if not folder.exists():
+    if not _exists(folder):
         name = hub.parse(source) if isinstance(source, str) else None
         if name is None:
             raise UserError(
@@ -90,6 +98,13 @@ def _found(source: str | Path) -> Path:
     inside = sorted(str(one.relative_to(folder)) for one in below if _weights_in(one))
     hint = f"; there are some in its folders {', '.join(inside[:8])}: name one" if inside else ""
     raise UserError(f"there is no autoencoder in {folder}: it needs one of {', '.join(READERS)}{hint}")
+
+
+def _exists(folder: Path) -> bool:
+    try:
+        return folder.exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def _weights_in(folder: Path) -> list[str]:

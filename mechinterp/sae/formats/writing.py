@@ -25,7 +25,7 @@ def writing(folder: str | Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` holds something else than an autoencoder, or cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     _check(folder)
     partial, before = (folder.with_name(f".{kind}-{folder.name}") for kind in ("partial", "before"))
     try:

@@ -7,8 +7,8 @@
    autoencoders g has passed through the features of the later ones alone: errors have no gradient.
 3. What features do not write is one row more for each autoencoder: its *error* (with a transcoder's skip, and excluded
    positions). Features and error together are the first-order effect of the whole site, ⟨g, y_source − y_base⟩.
-4. With `steps` the gradient is a mean along the straight line between the two runs, for one autoencoder at a time
-   (integrated gradients): the effects of one autoencoder then add up to the exact effect of patching its site.
+4. With `steps` the gradient is a mean along the straight line between the two runs, for one autoencoder at a time and
+   without the others (integrated gradients): its effects then add up to the exact effect of patching its site.
 5. Effects have intervals over prompts and a sign-flip threshold; beside the largest ones stands the exact effect, from
    a run in which that feature alone has its source values.
 
@@ -61,7 +61,8 @@ def attribute(
     Args:
         model: the hooked model; interventions in force stay in force.
         task: clean and corrupted prompts.
-        sae: autoencoder or transcoder, or several, at different sites: all are spliced at once.
+        sae: autoencoder or transcoder, or several, at different sites: all are spliced at once (with several steps,
+            each alone).
         metric: a metric or its name.
         positions: where features change; everywhere by default (see `Prompts.select`).
         direction: "noise" gives features of the clean run their corrupted values, "denoise" the reverse.
@@ -88,7 +89,7 @@ def attribute(
             for block, tokens in part.tokens(number, steps):
                 entries.add(number, block, *tokens)
     if not force:
-        clean, corrupted = (run.ends[::-1] if direction == "denoise" else run.ends).unbind(0)
+        clean, corrupted = (run.ends.flip(0) if direction == "denoise" else run.ends).unbind(0)
         require_behaviour(run.metric, clean, corrupted)
     sae_of, feature, change = table = entries.table()
     checked = np.argsort(-np.abs(change.mean(1)), kind="stable")

@@ -72,10 +72,12 @@ class FeatureEffects(Result):
         interval = "" if not np.isfinite(best["ci_low"]) else f" [{best['ci_low']:.2f}, {best['ci_high']:.2f}]"
         exact = f" (exactly {best['exact']:.2f})" if np.isfinite(best["exact"]) else ""
         errors = ", ".join(f"{effect:.2f}" for effect in self.errors["effect"])
-        passed = np.count_nonzero(features["passes"])
+        passed = f"{np.count_nonzero(features['passes'])} of {len(features)} features pass the threshold"
+        if not np.isfinite(about["threshold"] or np.nan):
+            passed = "too few prompts for a threshold"
         return (
-            f"{start}: largest {best['name']} {best['effect']:.2f}{interval}{exact}; {passed} of {len(features)} "
-            f"features pass the threshold; errors {errors} ({n}, 95% {about['scope']})"
+            f"{start}: largest {best['name']} {best['effect']:.2f}{interval}{exact}; {passed}; "
+            f"errors {errors} ({n}, 95% {about['scope']})"
         )
 
 

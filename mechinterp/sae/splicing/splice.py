@@ -12,8 +12,10 @@ Marks et al. 2024, "Sparse Feature Circuits: Discovering and Editing Interpretab
 """
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from mechinterp.sae.activations.exclusion import Exclusion
 from mechinterp.sae.autoencoder import Codes, Output, SparseAutoencoder
 from mechinterp.sae.kernels import Entries
 
+ALIASES = {"gpt2-small": "gpt2"}  # what TransformerLens and SAELens call models whose own name is another
 PAIRS = 2**26  # (token, feature) pairs that are encoded at once: 256 MB in single precision
 Values = Mapping[int, float | Tensor]
 
@@ -66,7 +69,7 @@ class Splice(Intervention):
         error: bool = True,
         site: Site | None = None,
         writes: Site | None = None,
-        ablate: int | Iterable[int] = (),
+        ablate: SupportsIndex | Iterable[SupportsIndex] = (),
         set: Values | None = None,
         scale: Mapping[int, float] | None = None,
         add: Values | None = None,
@@ -144,7 +147,7 @@ class Splice(Intervention):
         """With what is missed, and the live activation where positions are excluded."""
         value = value.reshape(activation.shape)
         if self.error:
-            value = activation.detach().to(value) + value
+            value = activation.detach() + value  # in the wider of the two types
         kept = kept_positions(self.exclusion, rows).to(activation.device)
         shape = (*kept.shape, *[1] * (activation.ndim - 2))
         return torch.where(kept.reshape(shape), value.to(activation), activation)
@@ -206,13 +209,18 @@ def require_model(sae: SparseAutoencoder, model: HookedModel) -> None:
     dtype are another hash, so a name that fits is enough.
     """
     meta = sae.metadata
-    ours, theirs = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (model.info.name, meta.model))
+    ours, theirs = (_plain_name(name) for name in (model.info.name, meta.model))
     if not theirs or ours == theirs or (meta.weights_hash and meta.weights_hash == model.weights_hash()):
         return
     raise UserError(
         f"the autoencoder was trained on {meta.model}; the model here is {model.info.name}. Valid: that model, "
         "or in Python a Splice that says where, with site=Site(…)"
     )
+
+
+def _plain_name(model: str) -> str:
+    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return ALIASES.get(name, name)
 
 
 def _sites(sae: SparseAutoencoder, site: Site | None, writes: Site | None) -> tuple[Site, Site]:
@@ -237,14 +245,14 @@ def _sites(sae: SparseAutoencoder, site: Site | None, writes: Site | None) -> tu
 
 
 def _edits(
-    d_sae: int, ablate: int | Iterable[int], set: Values, scale: Mapping[int, float], add: Values
+    d_sae: int, ablate: SupportsIndex | Iterable[SupportsIndex], set: Values, scale: Mapping[int, float], add: Values
 ) -> tuple[FeatureEdit, ...]:
     """All edits as factor and shift, in the order of their features."""
-    ablated = [ablate] if isinstance(ablate, int) else ablate
-    edits = [FeatureEdit(int(feature), 0.0, 0.0) for feature in ablated]
-    edits += [FeatureEdit(int(feature), 0.0, value) for feature, value in set.items()]
-    edits += [FeatureEdit(int(feature), factor, 0.0) for feature, factor in scale.items()]
-    edits += [FeatureEdit(int(feature), 1.0, value) for feature, value in add.items()]
+    ablated = ablate if isinstance(ablate, Iterable) else [ablate]
+    edits = [FeatureEdit(operator.index(feature), 0.0, 0.0) for feature in ablated]
+    edits += [FeatureEdit(operator.index(feature), 0.0, value) for feature, value in set.items()]
+    edits += [FeatureEdit(operator.index(feature), factor, 0.0) for feature, factor in scale.items()]
+    edits += [FeatureEdit(operator.index(feature), 1.0, value) for feature, value in add.items()]
     seen: dict[int, FeatureEdit] = {}
     for edit in edits:
         if not 0 <= edit.feature < d_sae:

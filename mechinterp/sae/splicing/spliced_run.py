@@ -180,7 +180,7 @@ class Part:
         """Of the metric at a written site: at the base run, or on average on the way to the source run."""
         if steps == 1:
             if self._grads is None:
-                self._grads = self._taps(range(len(self.run.bound)), None)
+                self._grads = self._taps(range(len(self.run.bound)))
             return self._grads[number]
         hook = self.run.bound[number].writes.hook_name
         whole = self.source.activations[hook] - self.base.activations[hook]
@@ -188,8 +188,8 @@ class Part:
         shares = [(step + 0.5) / steps for step in range(steps)]
         return torch.stack([self._taps([number], share * whole)[number] for share in shares]).mean(0)
 
-    def _taps(self, numbers: Sequence[int], move: Tensor | None) -> dict[int, Tensor]:
-        """Gradients at written sites by number, all splices in force; `move` is added to the one site first."""
+    def _taps(self, numbers: Sequence[int], move: Tensor | None = None) -> dict[int, Tensor]:
+        """Gradients at written sites by number, these splices in force; `move` is added to the one site first."""
         run = self.run
         hooks = {number: run.bound[number].writes.hook_name for number in numbers}
         leaves = {number: torch.zeros_like(self.base.activations[hook]) for number, hook in hooks.items()}
@@ -197,7 +197,7 @@ class Part:
             leaf.requires_grad_()
         edits = {hook: partial(_tap, leaves[number], move) for number, hook in hooks.items()}
         with torch.enable_grad():
-            logits = suffix_logits(self.base, run.bound, run.read, edits)
+            logits = suffix_logits(self.base, [run.bound[number] for number in numbers], run.read, edits)
             value = run.values(logits, self.index, self.clean).sum()
             grads = torch.autograd.grad(value, list(leaves.values()))
         return dict(zip(leaves, grads, strict=True))

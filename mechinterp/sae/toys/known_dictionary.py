@@ -254,11 +254,6 @@ def recovery(
     )
 
 
-def mean_max_cosine(truth: Float[Tensor, "feature d"], learned: Float[Tensor, "learned d_learned"]) -> float:
-    """Mean over the true features of the largest cosine with a learned one. Raises as `recovery` does."""
-    return float(cosine_matrix(truth, _checked(truth, learned)).amax(1).mean())
-
-
 def cosine_matrix(truth: Float[Tensor, "feature d"], learned: Float[Tensor, "learned d"]) -> Tensor:
     """`[feature learned]` cosines."""
     return normalize(truth.float(), dim=1) @ normalize(learned.float(), dim=1).T

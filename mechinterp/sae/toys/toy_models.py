@@ -175,14 +175,6 @@ def represented(W: Float[Tensor, "*instance hidden feature"]) -> Bool[Tensor, "*
     return norms(W) >= REPRESENTED
 
 
-def interference(W: Float[Tensor, "*instance hidden feature"]) -> Float[Tensor, "*instance feature"]:
-    """Σ_{j≠i} (Ŵ_i·W_j)², Ŵ_i the unit vector: 0 for a feature that shares its direction with none.
-
-    "Demonstrating Superposition", where it colours the features.
-    """
-    return (_overlaps(W) - norms(W).square()).clamp_min(0)
-
-
 def dimensionality(W: Float[Tensor, "*instance hidden feature"]) -> Float[Tensor, "*instance feature"]:
     """D_i = ‖W_i‖² / Σ_j (Ŵ_i·W_j)², the part of a dimension that a feature has, in [0, 1]; 0 for a vector of 0.
 
