@@ -163,7 +163,7 @@ class BatchTopK(TopK):
 
     def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
         if objective is None:
-            return _never_none(pre, self.threshold.detach())
+            return kernels.all_above(pre, self.threshold.detach())
         assert self.config.k is not None
         entries, smallest = kernels.batch_top_k(
             pre, self.config.k * objective.n, float(self.threshold), objective.gather
@@ -218,7 +218,7 @@ class JumpReLU(SparseAutoencoder):
 
     def choose(self, pre: Tensor, objective: Objective | None) -> Entries | None:
         if objective is None:
-            return _never_none(pre, self.threshold.detach())
+            return kernels.all_above(pre, self.threshold.detach())
         if objective.penalty == "tanh":
             return None
         # Below the threshold a pair still has a gradient within the window, and below 0 none.
@@ -273,11 +273,6 @@ def make(
     if config.architecture == "jumprelu" and threshold is not None:
         return JumpReLU(config, metadata, seed, threshold)
     return ARCHITECTURES[config.architecture](config, metadata, seed)
-
-
-def _never_none(pre: Tensor, bound: Tensor) -> Entries:
-    """Pairs above a bound, however many."""
-    return Entries.of_flat((pre > bound).view(-1).nonzero().flatten(), *pre.shape)
 
 
 def _largest(pre: Tensor, k: int) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mechinterp.errors import UserError
 from mechinterp.sae import kernels
+from mechinterp.sae.config import TOP_K
 from mechinterp.sae.kernels import Encoded, Entries, Selection
 from mechinterp.sae.metadata import Metadata
 
-TOP_K = ("topk", "batchtopk", "matryoshka")
 NAMES = ("standard", "gated", "jumprelu", *TOP_K)
 
 
@@ -228,22 +228,25 @@ class SparseAutoencoder(nn.Module):
             target: `[... d_out]` what is to be reconstructed; `x` by default.
             objective: of a training step.
             dense: compute on every pair.
+
+        Raises:
+            UserError: activations of another width.
         """
-        rows = x.reshape(-1, self.config.d_in)
+        rows = _rows(x, self.config.d_in, "reads")
         encoded = self.encode_pairs(rows, objective, dense)
         codes = Codes(self.activate(encoded, objective), encoded.selection)
         losses: dict[str, Tensor] = {}
         if objective is None:
             made = self.decode(codes, rows)
         else:
-            y = rows if target is None else target.reshape(-1, self.config.d_out)
+            y = rows if target is None else _rows(target, self.config.d_out, "writes")
             made, losses = self.train_on(rows, y, encoded, codes, objective)
         leading = tuple(x.shape[:-1])
         return Output(made.reshape(*leading, self.config.d_out), codes, leading, losses)
 
     def encode(self, x: Tensor, dense: bool = False) -> Codes:
         """Feature activations of `[... d_in]`, leading axes flattened."""
-        encoded = self.encode_pairs(x.reshape(-1, self.config.d_in), None, dense)
+        encoded = self.encode_pairs(_rows(x, self.config.d_in, "reads"), None, dense)
         return Codes(self.activate(encoded, None), encoded.selection)
 
     def decode(self, codes: Codes, x: Tensor) -> Tensor:
@@ -345,6 +348,13 @@ class SparseAutoencoder(nn.Module):
         """Multiply what is added to or compared with pre-activations, whose weights were multiplied already."""
         if self.b_enc is not None:
             self.b_enc.mul_(factor)
+
+
+def _rows(x: Tensor, width: int, does: str) -> Tensor:
+    """`[batch d]` of `[... d]`."""
+    if x.shape[-1:] != (width,):
+        raise UserError(f"the autoencoder {does} {width} dimensions; found activations of shape {tuple(x.shape)}")
+    return x.reshape(-1, width)
 
 
 def squared_error(y: Tensor, made: Tensor) -> Tensor:

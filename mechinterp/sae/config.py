@@ -142,14 +142,12 @@ class TrainConfig:
     """Folder of the run; runs/sae/<hash of the settings> by default."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", self.layers)
-        for name in ("text", "layer", "prefixes"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (Path(value),) if isinstance(value, str | Path) else tuple(value))
-        object.__setattr__(self, "text", tuple(Path(one) for one in self.text))
+        for name, one in (("text", Path), ("layer", None), ("prefixes", None)):
+            object.__setattr__(self, name, _several(name, getattr(self, name), one))
         for name in ("store", "out"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, Path(getattr(self, name)))
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str | Path), f"{name} must be a path or None; found {value!r}")
+            object.__setattr__(self, name, None if value is None else Path(value))
         self._check_types()
         self._check_sources()
         self._check_shape()
@@ -192,7 +190,8 @@ class TrainConfig:
             self.prefix_sizes()
 
     def _check_numbers(self) -> None:
-        for name in ("d_sae", "n_tokens", "batch", "harvest_blocks", "log_every", "keep"):
+        _require(self.batch >= 2, f"batch must be at least 2, to have a variance; found {self.batch}")
+        for name in ("d_sae", "n_tokens", "harvest_blocks", "log_every", "keep"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}")
         _require(self.eval_tokens >= 2, f"eval_tokens must be at least 2, to have a variance; found {self.eval_tokens}")
         for name in ("eval_every", "checkpoint_every", "k_aux", "dead_after"):
@@ -245,6 +244,8 @@ class TrainConfig:
 
     def prefix_sizes(self) -> tuple[int, ...]:
         """Matryoshka's prefixes in features. Raises UserError for shares that are no whole numbers of features."""
+        good = all(0 < share <= 1 for share in self.prefixes)
+        _require(good, f"prefixes are shares of the features, above 0 and up to 1; found {self.prefixes}")
         sizes = [share * self.d_sae for share in self.prefixes]
         wrong = [share for share, size in zip(self.prefixes, sizes, strict=True) if abs(size - round(size)) > 1e-6]
         _require(
@@ -292,13 +293,8 @@ class TrainConfig:
         """From plain values. Raises UserError for unknown keys, or values that are not valid."""
         unknown = sorted(set(values) - {one.name for one in fields(cls)})
         _require(not unknown, f"unknown settings of a training run: {', '.join(unknown)}")
-        given: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        for name in ("store", "out"):
-            given[name] = None if given.get(name) is None else Path(given[name])
-        given["text"] = tuple(Path(one) for one in given.get("text", ()))
-        return cls(**given)
+        _require("model" in values, "settings of a training run name a model; found none")
+        return cls(**values)
 
     @property
     def folder(self) -> Path:
@@ -318,6 +314,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _several(name: str, value: Any, make: type | None) -> tuple[Any, ...]:
+    """A tuple, also of one value."""
+    alone = isinstance(value, str | Path | int | float)
+    try:
+        return tuple(one if make is None else make(one) for one in ([value] if alone else value))
+    except TypeError:
+        raise UserError(f"{name} must be one value or several; found {value!r}") from None
 
 
 def _require_type(name: str, value: Any, types: tuple[Any, ...]) -> None:

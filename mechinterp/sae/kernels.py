@@ -322,8 +322,13 @@ def top_k_index(pre: Tensor, k: int) -> Tensor:
 
 def above(pre: Tensor, bound: Tensor) -> Entries | None:
     """The pairs above `bound` `[feature]` (or a scalar); None, for all, where they are more than `DENSE`."""
-    flat = (pre > bound).view(-1).nonzero().flatten()
-    return None if len(flat) > DENSE * pre.numel() else Entries.of_flat(flat, *pre.shape)
+    entries = all_above(pre, bound)
+    return None if len(entries.index) > DENSE * pre.numel() else entries
+
+
+def all_above(pre: Tensor, bound: Tensor) -> Entries:
+    """The pairs above a bound, however many; and what is not a number, so that it is not taken for "off"."""
+    return Entries.of_flat((pre <= bound).logical_not_().view(-1).nonzero().flatten(), *pre.shape)
 
 
 def batch_top_k(

@@ -50,7 +50,7 @@ def text(tmp_path_factory):
 def settings(of, out: Path, **more) -> TrainConfig:
     made = {
         "model": of.info.name, "layer": (1,), "d_sae": 32, "k": 4, "n_tokens": STEPS * BATCH, "batch": BATCH,
-        "buffer": 96, "context": 8, "harvest_blocks": 4, "held_out_every": 5, "log_every": 4, "eval_tokens": 30,
+        "buffer": 96, "context": 8, "harvest_blocks": 4, "held_out_every": 5, "log_every": 3, "eval_tokens": 30,
         "eval_every": 128, "checkpoint_every": 4 * BATCH, "dead_after": 32, "device": "cpu", "out": out,
     }  # fmt: skip
     return TrainConfig(**(made | more))
@@ -176,6 +176,40 @@ def test_a_store_of_the_same_settings_is_trained_on_and_resumed(of, text, tmp_pa
             assert resumed_until_done(config, None)[1] == 3
         expected, found = weights(tmp_path / f"whole {number}"), weights(tmp_path / f"stopped {number}")
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("change", ["text", "seed", "held_out_every"])
+def test_a_store_begun_is_not_finished_with_other_text(of, tmp_path, monkeypatch, change):
+    path, draw = tmp_path / "t.txt", random.Random(1)
+
+    def write():
+        path.write_text("\n\n\n".join(" ".join(draw.choices(LETTERS, k=25)) for _ in range(40)))
+
+    def harvest(**more):
+        return harvest_into(settings(of, tmp_path / "no run", text=(path,), **more), tmp_path / "store", 50, model=of)
+
+    write()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_at(patch, {(Harvest, "chunk"): [6]})
+        harvest()
+    if change == "text":
+        write()
+    with pytest.raises(UserError, match="reading"):
+        harvest(**{} if change == "text" else {change: 3})
+
+
+def test_a_store_knows_whether_there_was_a_bos(of, text, tmp_path):
+    harvest_into(settings(of, tmp_path / "no run", text=(text,)), tmp_path / "store", 200, model=of)
+    source = open_source(settings(of, tmp_path / "run", store=tmp_path / "store"), None, Processes())
+    assert source.jobs[0].metadata.bos is of.info.bos
+
+
+def test_text_that_is_read_again_is_told(of, text, tmp_path, capsys):
+    told = "note: the text is shorter than the training"
+    train(settings(of, tmp_path / "a", text=(text,), n_tokens=150 * BATCH), model=of)
+    assert told in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert lines[0]["epoch"] == 0 and lines[-1]["epoch"] >= 1
 
 
 def test_a_store_without_held_out_activations_is_trained_on(of, text, tmp_path):

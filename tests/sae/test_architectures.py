@@ -13,6 +13,7 @@ from mechinterp.sae import kernels
 from mechinterp.sae.activations.exclusion import Exclusion
 from mechinterp.sae.architectures import ARCHITECTURES, BatchTopK, JumpReLU, make
 from mechinterp.sae.autoencoder import Objective, SAEConfig, SparseAutoencoder, geometric_median
+from mechinterp.sae.config import TOP_K
 from mechinterp.sae.kernels import Entries, Everything
 from mechinterp.sae.metadata import Metadata
 from tests.sae import plain
@@ -636,3 +637,26 @@ def test_wrong_metadata():
         Metadata().site()
     with pytest.raises(UserError, match="it has: a, b"):
         Metadata(reads=("a", "b")).site()
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_what_is_not_a_number_is_not_hidden(architecture):
+    """A feature that is NaN is not off: the reconstruction of a broken activation is NaN, and of the others is not."""
+    k = 4 if architecture in TOP_K else None
+    prefixes = (8, 16) if architecture == "matryoshka" else ()
+    sae = make(SAEConfig(architecture, 8, 16, k, prefixes=prefixes)).requires_grad_(False)
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    x[2, 3] = torch.nan
+    for dense in (False, True):
+        broken = sae(x, dense=dense).reconstruction.isnan().any(1)
+        assert broken.tolist() == [row == 2 for row in range(6)], dense
+
+
+def test_activations_of_another_width_are_refused():
+    sae = make(SAEConfig("topk", 8, 16, 4))
+    for call in (sae, sae.encode):
+        with pytest.raises(UserError, match=r"reads 8 dimensions; found activations of shape \(4, 16\)"):
+            call(torch.randn(4, 16))
+    x = torch.randn(4, 8)
+    with pytest.raises(UserError, match="writes 8 dimensions"):
+        sae(x, torch.randn(4, 16), Objective.of(x))

@@ -109,8 +109,8 @@ def whole_run(folder: Path, processes, resume: bool = False, stop: int | None = 
     from mechinterp.sae.training.train import train
     from mechinterp.sae.training.trainer import Trainer
 
-    made = settings("batchtopk", out=folder, eval_tokens=64, checkpoint_every=20 * BATCH, log_every=10)
-    made = replace(made, n_tokens=80 * BATCH)
+    made = settings("batchtopk", out=folder, eval_tokens=64, checkpoint_every=20 * BATCH, log_every=7)
+    made = replace(made, n_tokens=80 * BATCH, eval_every=9 * BATCH)
     step = Trainer.step
 
     def stopped(self, *batch):

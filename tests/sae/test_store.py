@@ -4,6 +4,7 @@ import errno
 import json
 import random
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,11 +251,12 @@ def test_a_complete_store_is_left_as_it_is(copy):
     [
         ({"origin": Origin("tiny", "a" * 64, ORIGIN.exclusion, 64, "words.txt")}, "context 128, not 64"),
         ({"origin": Origin("other", "b" * 64, ORIGIN.exclusion, 128, "words.txt")}, 'model "tiny", not "other"'),
+        ({"origin": replace(ORIGIN, reading={"seed": 5})}, 'reading {}, not {"seed": 5}'),
         ({"n_tokens": 200}, "n_tokens 100, not 200"),
         ({"shard_tokens": 8}, "shard_tokens 16, not 8"),
         ({"dtype": torch.bfloat16}, "dtype float32, not bfloat16"),
     ],
-    ids=["context", "model", "tokens", "shards", "dtype"],
+    ids=["context", "model", "reading", "tokens", "shards", "dtype"],
 )
 def test_a_store_begun_otherwise_is_not_continued(copy, changes, words):
     before = content(copy)

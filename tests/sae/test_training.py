@@ -1,6 +1,7 @@
 """Training: a known dictionary is recovered, every stop is resumed bit for bit, bad input is refused in one line."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mechinterp.sae.config import TrainConfig
 from mechinterp.sae.formats import load
 from mechinterp.sae.toys.known_dictionary import KnownDictionary
 from mechinterp.sae.training import checkpoints as checkpoints_module
+from mechinterp.sae.training import start
+from mechinterp.sae.training.distributed import Processes
 from mechinterp.sae.training.train import train
 from mechinterp.sae.training.trainer import Trainer
 
@@ -21,7 +24,7 @@ TOY = KnownDictionary(24, 8, density=0.08)
 
 def config(out: Path, **more) -> TrainConfig:
     settings = {
-        "model": "toy", "d_sae": 32, "k": 2, "n_tokens": 2_560, "batch": 64, "buffer": 512, "log_every": 10,
+        "model": "toy", "d_sae": 32, "k": 2, "n_tokens": 2_560, "batch": 64, "buffer": 512, "log_every": 7,
         "eval_tokens": 256, "eval_every": 512, "checkpoint_every": 640, "device": "cpu", "out": out,
     }  # fmt: skip
     return TrainConfig(**(settings | more))
@@ -115,7 +118,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     run(config(tmp_path))
     with pytest.raises(UserError, match="other settings: d_sae 32, not 48, k 2, not 3"):
         run(config(tmp_path, d_sae=48, k=3), resume=True)
-    run(config(tmp_path, keep=5, log_every=7), resume=True)  # no weight depends on these
+    run(config(tmp_path, keep=5, log_every=10, eval_every=0, eval_tokens=64), resume=True)  # no weight depends on these
 
 
 def test_a_checkpoint_of_another_source_is_refused(tmp_path):
@@ -138,6 +141,48 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, c
     assert "training.safetensors is damaged" in capsys.readouterr().out
     pairs = zip(weights(tmp_path / "whole").values(), weights(tmp_path / "damaged").values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_damaged_checkpoint_does_not_push_a_good_one_out(tmp_path):
+    run(config(tmp_path, keep=2))
+    old, newest = sorted((tmp_path / "checkpoints").iterdir())
+    (newest / "training.safetensors").write_bytes(b"")
+    store = checkpoints_module.Checkpoints(tmp_path / "checkpoints", keep=1)
+    found = store.newest()
+    assert found is not None and found[0] == old and not newest.exists()
+    assert newest.with_name(f"damaged-{newest.name}").is_dir()  # what it holds is not thrown away
+    written = store.write(found[1]["tokens"] + 64, found[1], found[2])
+    assert store.paths() == [written] and store.newest() is not None
+
+
+def test_held_out_activations_too_few_to_measure_on(tmp_path):
+    for rows in (0, 1):
+        source = synthetic_source(TOY, config(tmp_path))
+        source.hold_out = lambda rows=rows: {"toy": torch.zeros(rows, 8)}
+        with pytest.raises(UserError, match=f"need at least 2 tokens; found {rows}"):
+            train(config(tmp_path), source=source, progress=False)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_tracker_that_does_not_start(tmp_path, monkeypatch):
+    class Tracker:
+        @staticmethod
+        def init(**_):
+            raise OSError("no key\nlog in first")
+
+    monkeypatch.setitem(sys.modules, "wandb", Tracker)
+    with pytest.raises(UserError, match="the tracker wandb did not start: no key; valid without one: tracker='none'"):
+        run(config(tmp_path, tracker="wandb"))
+    run(config(tmp_path), resume=True)
+
+
+def test_momentum_is_that_of_the_papers(tmp_path):
+    betas = {}
+    for kind in KINDS:
+        settings = config(tmp_path, **kind)
+        trainer = start.trainers_of(settings, synthetic_source(TOY, settings), Processes())["toy"]
+        betas["-".join(map(str, kind.values()))] = trainer.optimizer.param_groups[0]["betas"][0]
+    assert [name for name, beta in betas.items() if not beta] == ["gated", "jumprelu"]
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

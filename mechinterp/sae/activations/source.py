@@ -83,8 +83,16 @@ class Source:
 
     @cached_property
     def held_out(self) -> Mapping[str, Tensor]:
-        """Hook name -> `[token d]`, float32, that no batch has; empty where there is none."""
-        return {name: rows.to(self.buffer.device or rows.device).float() for name, rows in self.hold_out().items()}
+        """Hook name -> `[token d]`, float32, that no batch has; empty where there is none.
+
+        Raises:
+            UserError: fewer than two tokens.
+        """
+        found = self.hold_out()
+        n = min((len(rows) for rows in found.values()), default=2)
+        if n < 2:
+            raise UserError(f"held-out numbers need at least 2 tokens; found {n}: give more text, or eval_every=0")
+        return {name: rows.to(self.buffer.device or rows.device).float() for name, rows in found.items()}
 
     def batch(self) -> dict[str, Tensor]:
         """Hook name -> `[batch d]`, float32. Raises StopIteration at the end of a finite source."""
@@ -95,11 +103,13 @@ class Source:
         return {name: rows.float() for name, rows in self.buffer.peek(n).items()}
 
     def counts(self) -> dict[str, Any]:
-        """Of the harvest, for the log: tokens run through the model, those left out, those of outlying norm."""
+        """Of the harvest, for the log: tokens run through the model, left out, of outlying norm; epochs of the text."""
         if self.harvest is None:
             return {}
         found = self.harvest.counts
-        return {"harvested": found.tokens, "excluded": found.excluded, "outliers": found.outliers}
+        made = {"harvested": found.tokens, "excluded": found.excluded, "outliers": found.outliers}
+        blocks = self.harvest.blocks
+        return made | ({"epoch": blocks.epoch} if isinstance(blocks, TokenBlocks) else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later batches depend on."""
@@ -275,6 +285,7 @@ def _from_store(config: TrainConfig, folder: Path, model: HookedModel | None, pr
         model=origin.model,
         exclusion=rule,
         context=origin.context,
+        bos=origin.reading.get("bos"),
         weights_hash=origin.weights_hash,
         text=origin.text,
     )
@@ -367,7 +378,9 @@ def harvest_into(
     model = model or load_model(config, Processes())
     blocks = token_blocks(config, model)
     rule = exclusion_of(config, model).to_json()
-    origin = Origin(model.info.name, model.weights_hash(), rule, config.context, blocks.source)
+    reading = {name: getattr(config, name) for name in ("split", "column", "held_out_every", "seed")}
+    reading |= {"text_hash": text_hash(config), "bos": model.info.bos}
+    origin = Origin(model.info.name, model.weights_hash(), rule, config.context, blocks.source, reading)
     chunks = harvest_of(config, model, blocks)
     made = write_store(folder, chunks, origin, config.n_tokens, shard_tokens, progress, DTYPES[dtype])
     held_out = FixedChunk(held_out_of(config, model, config.eval_tokens))

@@ -167,7 +167,7 @@ class StoreChunks:
         self.device = device
         self._pass, self._position = 0, 0  # of the pieces of this rank, in the order of the pass
         self._order: tuple[int, list[tuple[int, int]]] = (-1, [])  # of which pass, and its pieces
-        self._offsets: tuple[str, dict[str, int]] = ("", {})  # of the shard that is being read
+        self._offsets: dict[str, dict[str, int]] = {}  # by shard, as they are first read
 
     def chunk(self) -> dict[str, Tensor]:
         """Hook name -> the next `[token d]`, in the dtype of the store.
@@ -204,13 +204,13 @@ class StoreChunks:
     def _read(self, shard: Shard, start: int, n: int) -> dict[str, Tensor]:
         """Rows start … start + n of a shard, read into fresh tensors."""
         path, manifest = self.store.folder / shard.file, self.store.manifest
-        if self._offsets[0] != shard.file:
-            self._offsets = (shard.file, offsets(path, shard, manifest))
+        if shard.file not in self._offsets:
+            self._offsets[shard.file] = offsets(path, shard, manifest)
         rows = {name: torch.empty(n, manifest.widths[name], dtype=DTYPES[manifest.dtype]) for name in self.names}
         try:
             with path.open("rb", buffering=0) as file:
                 for name, table in rows.items():
-                    file.seek(self._offsets[1][name] + start * manifest.widths[name] * table.element_size())
+                    file.seek(self._offsets[shard.file][name] + start * manifest.widths[name] * table.element_size())
                     _read_into(file, table)
         except OSError as error:
             raise UserError(f"cannot read the shard {path}: {error}") from error

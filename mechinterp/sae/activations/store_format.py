@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Origin:
     """tokens of a sequence"""
     text: str
     """where the text came from"""
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    """what else decides which tokens are read, as plain values: see `source.harvest_into`"""
 
     def differences(self, other: "Origin") -> list[str]:
         """What of this origin the other has otherwise, in words."""

@@ -91,7 +91,9 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("tokens-*") if path.is_dir())
 
     def newest(self) -> tuple[Path, State, State] | None:
-        """The newest that can be read, with its two states; None where there is none. Damaged ones are passed over.
+        """The newest that can be read, with its two states; None where there is none.
+
+        Damaged ones are passed over, and lose the name of a checkpoint: they would push good ones out.
 
         Raises:
             UserError: all are damaged, or the checkpoint is of another number of processes.
@@ -99,20 +101,25 @@ class Checkpoints:
         if self.processes.first:
             for partial in self.folder.glob(".partial-*"):
                 shutil.rmtree(partial, ignore_errors=True)
-        damage = []
+        damaged, said = [], []
         for path in reversed(self.paths()):
             n_processes = len(list(path.glob("source-*.json")))
             if n_processes and n_processes != self.processes.size:
                 raise UserError(f"{path} is of {n_processes} processes; this run has {self.processes.size}")
             try:
                 with self.processes.together():  # all go on from the same one
-                    return path, read_part(path, "training"), read_part(path, f"source-{self.processes.rank}")
+                    states = read_part(path, "training"), read_part(path, f"source-{self.processes.rank}")
             except UserError as error:
-                damage.append(str(error))
-                if self.processes.first:
+                damaged.append(path)
+                said.append(str(error))
+                continue
+            if self.processes.first:
+                for old, error in zip(damaged, said, strict=True):
+                    os.replace(old, old.with_name(f"damaged-{old.name}"))
                     print(f"passed over: {error}", flush=True)
-        if damage:
-            raise UserError(f"no checkpoint in {self.folder} can be read; the newest: {damage[0]}")
+            return path, *states
+        if said:
+            raise UserError(f"no checkpoint in {self.folder} can be read; the newest: {said[0]}")
         return None
 
     def _last_good(self) -> str:

@@ -23,7 +23,7 @@ from mechinterp.sae.training.run_log import RunLog
 from mechinterp.sae.training.trainer import Trainer
 
 # What a resumed run may have otherwise than its checkpoint: none of it changes a weight.
-FREE = ("out", "log_every", "checkpoint_every", "keep", "tracker", "project", "run_name")
+FREE = ("out", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep", "tracker", "project", "run_name")
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,11 @@ class Run:
             "config": self.config.to_json(),
             "origin": dict(self.source.origin),
         }
+        own = self.source.state_dict() | random_states()
         for name, trainer in self.trainers.items():
             training |= {f"{name}/{key}": value for key, value in trainer.state_dict().items()}
-        self.checkpoints.write(self.tokens, training, self.source.state_dict() | random_states())
+            own |= {f"{name}/{key}": value for key, value in trainer.sums().items()}
+        self.checkpoints.write(self.tokens, training, own)
 
     # The end
 

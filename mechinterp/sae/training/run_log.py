@@ -26,6 +26,7 @@ class RunLog:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self._repeats = any(line.get("epoch") for line in kept)  # said before
         self._tracker = _start_tracker(config, folder)
         self._bar = tqdm(
             total=config.n_steps * config.batch, initial=tokens, unit="token", unit_scale=True, desc="training",
@@ -44,6 +45,9 @@ class RunLog:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        if values.get("epoch") and not self._repeats:
+            self._repeats = True
+            self._bar.write("note: the text is shorter than the training, and is read again; the log counts epochs")
         if self._tracker is not None:
             self._tracker.log(dict(line), step=step)
         shown = {name: values[name] for name in SHOWN if isinstance(values.get(name), float)}
@@ -81,4 +85,10 @@ def _start_tracker(config: TrainConfig, folder: Path) -> Any:
         raise UserError(
             f"the tracker {config.tracker} is not installed; pip install 'mechinterp[tracking]', or tracker='none'"
         ) from None
-    return tracker.init(project=config.project, name=config.run_name or folder.name, config=config.to_json())
+    try:
+        return tracker.init(project=config.project, name=config.run_name or folder.name, config=config.to_json())
+    except Exception as error:  # whatever a tracker raises: no key, no network, a full disk
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the tracker {config.tracker} did not start: {said}; valid without one: tracker='none'"
+        ) from error

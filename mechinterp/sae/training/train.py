@@ -104,7 +104,7 @@ def _resumed(
     set_random_states(reading)
     trainers = trainers_of(config, source, processes)
     for name, trainer in trainers.items():
-        trainer.load_state_dict(_under(f"{name}/", training))
+        trainer.load_state_dict(_under(f"{name}/", training) | _under(f"{name}/", reading))
     return Run(config, source, trainers, checkpoints, processes, training["tokens"], training["seconds"])
 
 

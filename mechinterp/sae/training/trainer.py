@@ -8,6 +8,7 @@
    than `dead_after` are dead, and the TopK family revives them by AuxK.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,11 +49,12 @@ class Trainer:
         self.broken = torch.zeros((), dtype=torch.long, device=device)
         if config.penalty == "tanh":
             sae.unit_norm = False  # norms are free, and weigh the penalty (Conerly et al. 2025)
-        jumprelu_paper = config.architecture == "jumprelu" and config.penalty == "l0"
+        # Rajamanoharan et al. 2024, both papers; with the tanh penalty JumpReLU is Conerly et al.'s.
+        no_momentum = config.architecture == "gated" or (config.architecture == "jumprelu" and config.penalty == "l0")
         self.optimizer = torch.optim.Adam(
             sae.parameters(),
             lr=config.learning_rate or 0.0,
-            betas=(0.0, 0.999) if jumprelu_paper else (0.9, 0.999),  # as published with either penalty
+            betas=(0.0 if no_momentum else 0.9, 0.999),
             fused=device.type in ("cpu", "cuda"),
         )
         self._sums: dict[str, Tensor] = {}
@@ -181,23 +183,27 @@ class Trainer:
             output = self.sae(some)
             missed += float((aim - output.reconstruction).square().sum())
             l0 += int(output.codes.l0())
-        return {"fvu": missed / float((wanted - wanted.mean(0)).square().sum()), "l0": l0 / len(x)}
+        variance = float((wanted - wanted.mean(0)).square().sum())
+        return {"fvu": missed / variance if variance else math.nan, "l0": l0 / len(x)}
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as a flat dict of tensors and plain values."""
-        made: dict[str, Any] = {"steps": self.steps, "since_fired": self.since_fired, "counted": self._counted}
+        """What is the same in all processes, as a flat dict of tensors and plain values."""
+        made: dict[str, Any] = {"steps": self.steps, "since_fired": self.since_fired}
         made |= {"scale_in": self.scales[0], "scale_out": self.scales[1]}
-        made |= {f"sum.{name}": value for name, value in self._sums.items()}
         made |= {f"weights.{name}": value for name, value in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             for part, value in self.optimizer.state.get(parameter, {}).items():
                 made[f"adam.{part}.{name}"] = value
         return made
 
+    def sums(self) -> dict[str, Any]:
+        """What this process has summed up for the next line of the log."""
+        return {"counted": self._counted} | {f"sum.{name}": value for name, value in self._sums.items()}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue, bit for bit, where the state was taken."""
+        """Continue, bit for bit, where `state_dict()` and this process's `sums()`, together, were taken."""
         device = self.sae.W_dec.device
 
         def under(prefix: str) -> dict[str, Any]:
@@ -205,7 +211,7 @@ class Trainer:
             return {name: value.to(device) for name, value in found.items()}
 
         self.sae.load_state_dict(under("weights."))
-        self.steps, self._counted = state["steps"], state["counted"]
+        self.steps, self._counted = state["steps"], state.get("counted", 0)
         self.since_fired = state["since_fired"].to(device)
         self.scales = state["scale_in"].to(device), state["scale_out"].to(device)
         self._sums = under("sum.")
