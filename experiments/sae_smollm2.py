@@ -6,7 +6,7 @@
 3. Describe features, and write a dashboard.
 4. Compare with expected values where there are any.
 
-`--preset cpu` takes about half an hour on two cores; `--preset gpu` is for a GPU and a hub data set (--dataset).
+`--preset cpu` takes about ten minutes on two cores; `--preset gpu` is for a GPU and a hub data set (--dataset).
 """
 
 from dataclasses import dataclass, fields
