@@ -57,7 +57,9 @@ def random(name: str, config: SAEConfig) -> SparseAutoencoder:
     sae, draw = make(config, replace(metadata, training={"seed": 0})).eval(), torch.Generator().manual_seed(0)
     for key, parameter in sae.named_parameters():
         values = torch.randn(parameter.shape, generator=draw)
-        parameter.copy_(values / D_IN**0.5 if parameter.ndim == 2 else 0.3 * values - float("threshold" in key))
+        parameter.copy_(values / D_IN**0.5 if parameter.ndim == 2 else 0.3 * values)
+        if key == "threshold":  # which training keeps above 0
+            parameter.abs_()
     if config.architecture in ("batchtopk", "matryoshka"):
         sae.get_buffer("threshold").fill_(1.2)
     return sae
