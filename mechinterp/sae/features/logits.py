@@ -118,11 +118,12 @@ class _Path:
 
 
 def _median_scales(model: HookedModel, sites: list[Site], sae: SparseAutoencoder, sample: Prompts) -> dict[Site, float]:
-    """Median divisors of norms over the kept positions of a few blocks of a sample."""
+    """Median divisors of norms over the kept positions of a few blocks of a sample (over all, if none is kept)."""
     if not sites:
         return {}
     step = max(1, len(sample) // SAMPLE)
     few = sample.take(torch.arange(0, len(sample), step)[:SAMPLE])
     _, cache = model.run_with_cache(few, sites)
     kept = sae.metadata.exclusion.mask(few.tokens, few.real)
-    return {site: float(cache[site].cpu().flatten(2)[..., 0][kept.cpu()].median()) for site in sites}
+    kept = (kept if kept.any() else few.real).cpu()
+    return {site: float(cache[site].cpu().flatten(2)[..., 0][kept].median()) for site in sites}

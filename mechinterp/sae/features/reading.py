@@ -134,11 +134,11 @@ def collect(
     top, draw = Top(n, n_contexts, window), Draw(n, N_DRAWN, window, seed)
     counts = Counts(n, len(documents), model.d_vocab)
     on, first, n_excluded = 0, 0, 0
-    for codes, part in encoded(model, sae, text):
-        rows = slice(first, first + len(part.kept))
+    for codes, kept in encoded(model, sae, text):
+        rows = slice(first, first + len(kept))
         prompts = text.prompts.take(torch.arange(rows.start, rows.stop))
-        values = _chosen(codes, part.kept, places, n)
-        batch = Batch(values, prompts.tokens.cpu(), part.kept, prompts.real.cpu(), text.document[rows].cpu(), first)
+        values = _chosen(codes, kept, places, n)
+        batch = Batch(values, prompts.tokens.cpu(), kept, prompts.real.cpu(), text.document[rows].cpu(), first)
         for collector in (top, draw):
             collector.add(batch)
         counts.add(batch, document[rows])
@@ -151,15 +151,8 @@ def collect(
     return Collected(choice, top, draw, counts, on / n_kept, n_excluded)
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Which positions of some blocks were encoded: `kept` `[prompt pos]` bool."""
-
-    kept: Tensor
-
-
-def encoded(model: HookedModel, sae: SparseAutoencoder, text: Blocks) -> Iterator[tuple[Codes, Part]]:
-    """Codes of the kept positions, blocks in order: rows are the true places of `Part.kept`.
+def encoded(model: HookedModel, sae: SparseAutoencoder, text: Blocks) -> Iterator[tuple[Codes, Tensor]]:
+    """Codes of the kept positions, some blocks at a time, and which these are, `[prompt pos]` bool: the codes' rows.
 
     Raises:
         UserError: the sites that are read are unknown or of another width.
@@ -178,7 +171,7 @@ def encoded(model: HookedModel, sae: SparseAutoencoder, text: Blocks) -> Iterato
             kept &= norms <= (largest_norm or 0.0)
         with torch.no_grad():  # not around the yield: what a caller does in between is its own
             codes = sae.encode(x[kept].to(sae.W_enc))
-        yield codes, Part(kept.cpu())
+        yield codes, kept.cpu()
 
 
 def sites_of(model: HookedModel, sae: SparseAutoencoder) -> list[Site]:

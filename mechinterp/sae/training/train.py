@@ -72,6 +72,8 @@ def train(
     if ended is not None:
         return ended
     keep_freed_memory(processes.device(config.device))
+    if progress and found is None and processes.first:  # the one part of a run that shows nothing else
+        print(f"filling the shuffle buffer: {config.buffer:,} tokens", flush=True)
     try:
         return _resumed(config, source, checkpoints, processes, found).to_the_end(progress)
     finally:
