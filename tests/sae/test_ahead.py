@@ -163,7 +163,9 @@ def test_it_goes_on_after_it_was_closed(ahead):
     made = ahead(source, 5)
     taker = threading.Thread(target=made.chunk)
     taker.start()
-    assert held.wait(10)  # the first is under way, five wait
+    assert held.wait(10)  # the first is under way
+    while len(made._made) != 5 or made._made[0].running():  # until five wait behind it, and it is waited for
+        pass
     closer = threading.Thread(target=made.close)
     closer.start()
     while len(made._made) > 0:  # the waiting ones are taken back before the first is done
