@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 
 
 @runtime_checkable
@@ -28,10 +28,9 @@ def from_hub(name: str, split: str, column: str) -> Iterable[str]:
         rows = load_dataset(name, split=split, streaming=True)
         next(iter(rows))
     except (DatasetNotFoundError, OSError, ValueError, RuntimeError, StopIteration) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"text {name!r} is no file here and cannot be had from the hub ({reason}); valid: a text file, a .jsonl "
-            "file, a data set's name, 'built-in' or 'docstrings'"
+            f"text {name!r} is no file here and cannot be had from the hub ({one_line(error)}); valid: a text file, "
+            "a .jsonl file, a data set's name, 'built-in' or 'docstrings'"
         ) from None
     return texts(rows, column, f"data set {name!r}")
 

@@ -4,6 +4,7 @@ A block never crosses a document, so that intervals can take documents as their 
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def documents(source: Source = None, split: str = "train", column: str = "text")
         return data_sets.texts(source, column, "the data set"), data_sets.name_of(source)
     if not len(source):
         raise UserError("an empty list was given as text; valid: files or texts")
-    if any(isinstance(one, Path) for one in source) or all(_is_file(one) for one in source):
+    if any(isinstance(one, Path) for one in source) or all(os.path.isfile(Path(one)) for one in source):
         found = [text for one in source for text in _from_file(Path(one), column)]
         return found, ", ".join(Path(one).name for one in source)
     if not any(str(text).strip() for text in source):
@@ -106,18 +107,11 @@ def documents(source: Source = None, split: str = "train", column: str = "text")
 
 
 def _named(source: str | Path, split: str, column: str) -> tuple[Iterable[str], str]:
-    if _is_file(source):
+    if os.path.isfile(source):
         return _from_file(Path(source), column), Path(source).name
     if isinstance(source, Path) or source.endswith((".txt", ".jsonl", ".json", ".md")):
         raise UserError(f"no such text file: {source}")
     return data_sets.from_hub(source, split, column), source
-
-
-def _is_file(name: str | Path) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # a text, too long for a name
-        return False
 
 
 def parts(text: str) -> list[str]:

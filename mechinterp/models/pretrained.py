@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
@@ -201,5 +201,4 @@ def hub_fault(name: str, revision: str | None) -> str | None:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error, without its full stop."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    return one_line(error).rstrip(".")

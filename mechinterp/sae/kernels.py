@@ -322,13 +322,18 @@ def top_k_index(pre: Tensor, k: int) -> Tensor:
 
 def above(pre: Tensor, bound: Tensor) -> Entries | None:
     """The pairs above `bound` `[feature]` (or a scalar); None, for all, where they are more than `DENSE`."""
-    entries = all_above(pre, bound)
-    return None if len(entries.index) > DENSE * pre.numel() else entries
+    flat = _above(pre, bound)
+    return None if len(flat) > DENSE * pre.numel() else Entries.of_flat(flat, *pre.shape)
 
 
 def all_above(pre: Tensor, bound: Tensor) -> Entries:
-    """The pairs above a bound, however many; and what is not a number, so that it is not taken for "off"."""
-    return Entries.of_flat((pre <= bound).logical_not_().view(-1).nonzero().flatten(), *pre.shape)
+    """The pairs above `bound`, however many."""
+    return Entries.of_flat(_above(pre, bound), *pre.shape)
+
+
+def _above(pre: Tensor, bound: Tensor) -> Tensor:
+    """`[entry]` row · n_features + feature of the pairs above a bound; also of NaN, which must not pass for "off"."""
+    return (pre <= bound).logical_not_().view(-1).nonzero().flatten()
 
 
 def batch_top_k(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mechinterp.sae.activations.chunks import Chunks
+from mechinterp.sae.activations.chunks import Chunks, under
 
 
 class Ahead:
@@ -72,8 +72,7 @@ class Ahead:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the state was taken."""
         wait(self._made)
-        inner = {name.removeprefix("chunks."): one for name, one in state.items() if name.startswith("chunks.")}
-        self.chunks.load_state_dict(inner)
+        self.chunks.load_state_dict(under("chunks.", state))
         self._made.clear()
         self._failure = None
         for number, names in enumerate(state["sites"]):

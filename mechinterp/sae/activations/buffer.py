@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.errors import UserError
-from mechinterp.sae.activations.chunks import Chunks, n_rows, widths_of
+from mechinterp.sae.activations.chunks import Chunks, n_rows, under, widths_of
 from mechinterp.sae.activations.memory import bytes_needed as bytes_needed  # the estimate, for those who plan a buffer
 from mechinterp.sae.activations.memory import require_memory
 
@@ -157,9 +157,9 @@ class ShuffleBuffer:
                 f"the state is of a buffer of {found[0]} tokens with batches of {found[1]}; "
                 f"this one has {asked[0]} and {asked[1]}, with which the batches would be others"
             )
-        self.chunks.load_state_dict(_under("chunks.", state))
+        self.chunks.load_state_dict(under("chunks.", state))
         self._generator.set_state(state["generator"].cpu())
-        self._ended, self._rest, self._cursor, self._contents = state["ended"], _under("rest.", state), 0, {}
+        self._ended, self._rest, self._cursor, self._contents = state["ended"], under("rest.", state), 0, {}
         self._order = torch.zeros(0, dtype=torch.int64)
         if state["sites"]:
             if self.device is None:
@@ -169,10 +169,6 @@ class ShuffleBuffer:
             self._order = torch.arange(n_rows(rows), device=self.device)
             for name, table in self._contents.items():
                 table[: len(rows[name])].copy_(rows[name])
-
-
-def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _gathered(table: Tensor, slots: Tensor) -> Tensor:

@@ -27,6 +27,33 @@ class Chunks(Protocol):
         ...
 
 
+class FixedChunk:
+    """One chunk, once."""
+
+    def __init__(self, rows: dict[str, Tensor]):
+        self.rows, self._given = rows, False
+
+    def chunk(self) -> dict[str, Tensor]:
+        """All rows. Raises StopIteration the second time."""
+        if self._given:
+            raise StopIteration
+        self._given = True
+        return self.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it was given."""
+        return {"given": self._given}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken."""
+        self._given = bool(state["given"])
+
+
+def under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a flat state whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def widths_of(chunk: Mapping[str, Tensor]) -> dict[str, int]:
     """Hook name -> width of a chunk that is well formed.
 

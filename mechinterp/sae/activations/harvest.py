@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 from mechinterp.hooked.forward import Plan, call_bridge
 from mechinterp.hooked.interventions import Rows
 from mechinterp.hooked.model import HookedModel
 from mechinterp.hooked.prompts import Prompts
 from mechinterp.hooked.sites import Site
+from mechinterp.sae.activations.chunks import under
 from mechinterp.sae.activations.exclusion import Exclusion
 from mechinterp.sae.activations.tokens import TokenSource
 
@@ -217,7 +218,7 @@ class Harvest:
         for name, mine in self._settings().items():
             if (theirs := state.get(name)) != mine:
                 raise UserError(f"the harvest to continue has {name} {theirs!r}; this one has {mine!r}")
-        mine = {name.removeprefix(_PREFIX): one for name, one in state.items() if name.startswith(_PREFIX)}
+        mine = under(_PREFIX, state)
         self.blocks.load_state_dict(mine)
         self.batch_blocks, self._chunks = int(state["batch_blocks"]), int(state["chunks"])
         self._pending = state["pending"].clone() if len(state["pending"]) else None
@@ -241,4 +242,4 @@ def _whole(site: Site) -> Site:
 def _memory_message(error: BaseException) -> str | None:
     """The first line of an error that says that memory ran out, else None."""
     told = isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
-    return ((str(error) or type(error).__name__).splitlines()[0]) if told else None
+    return one_line(error) if told else None

@@ -23,7 +23,7 @@ from mechinterp.hooked.sites import Site
 from mechinterp.models import load
 from mechinterp.sae.activations.ahead import Ahead
 from mechinterp.sae.activations.buffer import ShuffleBuffer
-from mechinterp.sae.activations.chunks import Chunks
+from mechinterp.sae.activations.chunks import Chunks, FixedChunk
 from mechinterp.sae.activations.exclusion import Exclusion, special_tokens
 from mechinterp.sae.activations.harvest import Harvest
 from mechinterp.sae.activations.store import Store, write_store
@@ -386,25 +386,3 @@ def harvest_into(
     held_out = FixedChunk(held_out_of(config, model, config.eval_tokens))
     write_store(folder / HELD_OUT, held_out, origin, config.eval_tokens, config.eval_tokens, None, DTYPES[dtype])
     return made
-
-
-class FixedChunk:
-    """One chunk, once."""
-
-    def __init__(self, rows: dict[str, Tensor]):
-        self.rows, self._given = rows, False
-
-    def chunk(self) -> dict[str, Tensor]:
-        """All rows. Raises StopIteration the second time."""
-        if self._given:
-            raise StopIteration
-        self._given = True
-        return self.rows
-
-    def state_dict(self) -> dict[str, Any]:
-        """Whether it was given."""
-        return {"given": self._given}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the state was taken."""
-        self._given = bool(state["given"])

@@ -14,11 +14,10 @@ when the harvest continues. The shards are then the same, bit for bit, as those 
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from mechinterp.errors import UserError
 from mechinterp.files import replacing
-from mechinterp.sae.activations.chunks import Chunks, n_rows, widths_of
+from mechinterp.sae.activations.chunks import Chunks, n_rows, under, widths_of
 from mechinterp.sae.activations.memory import require_memory
 from mechinterp.sae.activations.store_format import (
     DTYPES,
@@ -224,13 +223,9 @@ def _restore(folder: Path, manifest: Manifest, chunks: Chunks) -> dict[str, Tens
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the state of the harvest from {path}: {error}") from error
     state = {**saved.values, **tensors}
-    chunks.load_state_dict(_under("chunks.", state))
-    rest = _under("rest.", state)
+    chunks.load_state_dict(under("chunks.", state))
+    rest = under("rest.", state)
     return {name: rest[name] for name in manifest.widths if name in rest}
-
-
-def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _first_rows(chunks: Chunks, origin: Origin) -> dict[str, Tensor]:

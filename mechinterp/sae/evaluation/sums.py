@@ -203,13 +203,12 @@ def reconstruct(
     add("n_tokens", torch.ones(len(block), device=kept.device))
     parts = [torch.zeros_like(y[:0])]
     l0, l1 = (torch.zeros(len(block), device=kept.device) for _ in range(2))
-    for rows_here in torch.arange(len(block), device=kept.device).split(max(1, PAIRS // sae.config.d_sae)):
-        if not len(rows_here):  # every position of these blocks is excluded
-            break
-        output = frozen(sae, x[rows_here])
+    at_once = max(1, PAIRS // sae.config.d_sae)
+    for first in range(0, len(block), at_once):
+        output = frozen(sae, x[first : first + at_once])
         parts.append(output.reconstruction)
         values, feature, row = output.codes.sparse()
-        row = row + rows_here[0]
+        row = row + first
         tally.fire(index.to(kept.device)[block[row]], feature)
         l0 += torch.bincount(row, minlength=len(block))
         l1.index_add_(0, row, values)

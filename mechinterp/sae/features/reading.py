@@ -164,11 +164,11 @@ def encoded(model: HookedModel, sae: SparseAutoencoder, text: Blocks) -> Iterato
         prompts = text.prompts.take(torch.arange(start, min(start + size, len(text))))
         x = read(model, prompts, sites)
         kept = rule.mask(prompts.tokens, prompts.real).to(x.device)
-        if rule.outlier is not None:
+        if rule.outlier is not None and kept.any():
             norms = x.float().norm(dim=-1)
-            if largest_norm is None and kept.any():
+            if largest_norm is None:
                 largest_norm = rule.outlier * float(norms[kept].median())  # of the first batch that has any
-            kept &= norms <= (largest_norm or 0.0)
+            kept &= norms <= largest_norm
         with torch.no_grad():  # not around the yield: what a caller does in between is its own
             codes = sae.encode(x[kept].to(sae.W_enc))
         yield codes, kept.cpu()

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 from mechinterp.sae.autoencoder import SAEConfig, SparseAutoencoder
-from mechinterp.sae.formats.weights import Weights, build, fold_decoder_norm, one_line, read_json, require, whole, widen
+from mechinterp.sae.formats.weights import Weights, build, fold_decoder_norm, read_json, require, whole, widen
 from mechinterp.sae.metadata import Metadata
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"

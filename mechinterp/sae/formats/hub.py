@@ -4,9 +4,8 @@ import glob
 import re
 from pathlib import Path
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 from mechinterp.sae.formats.dictionary_learning import CONFIG, WEIGHTS
-from mechinterp.sae.formats.weights import one_line
 from mechinterp.sae.formats.writing import CFG, SAELENS_WEIGHTS, SPARSIFY_WEIGHTS, SPARSITY
 
 NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:[:/]([^:]+))?")

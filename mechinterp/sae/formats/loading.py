@@ -1,15 +1,16 @@
 """Reading an autoencoder, whoever wrote it, and writing it for somebody else."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 from mechinterp.sae.autoencoder import SparseAutoencoder
 from mechinterp.sae.formats import dictionary_learning, hub, saelens, sparsify
-from mechinterp.sae.formats.weights import one_line, place, read_tensors
+from mechinterp.sae.formats.weights import place, read_tensors
 from mechinterp.sae.formats.writing import SAELENS_WEIGHTS, SPARSIFY_WEIGHTS, SPARSITY
 
 READERS: dict[str, Callable[[Path], SparseAutoencoder]] = {
@@ -79,7 +80,7 @@ def convert(source: str | Path, out: str | Path, to: str = "saelens") -> Path:
 def _found(source: str | Path) -> Path:
     """The folder that holds the weights."""
     folder = Path(source).expanduser()
-    if not _exists(folder):
+    if not os.path.exists(folder):  # Path.exists raises for what is too long for a name
         name = hub.parse(source) if isinstance(source, str) else None
         if name is None:
             raise UserError(
@@ -98,13 +99,6 @@ def _found(source: str | Path) -> Path:
     inside = sorted(str(one.relative_to(folder)) for one in below if _weights_in(one))
     hint = f"; there are some in its folders {', '.join(inside[:8])}: name one" if inside else ""
     raise UserError(f"there is no autoencoder in {folder}: it needs one of {', '.join(READERS)}{hint}")
-
-
-def _exists(folder: Path) -> bool:
-    try:
-        return folder.exists()
-    except OSError:  # too long for a name
-        return False
 
 
 def _weights_in(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 from mechinterp.sae.architectures import BatchTopK, make
 from mechinterp.sae.autoencoder import SAEConfig, SparseAutoencoder
 from mechinterp.sae.metadata import Metadata
@@ -37,11 +37,6 @@ def read_tensors(path: Path) -> Weights:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def whole(values: Mapping[str, Any], name: str, where: Path) -> int:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 
 CFG, SPARSITY = "cfg.json", "sparsity.safetensors"
 SAELENS_WEIGHTS, SPARSIFY_WEIGHTS = "sae_weights.safetensors", "sae.safetensors"
@@ -40,7 +40,7 @@ def writing(folder: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if before.exists() and not folder.exists():
             os.replace(before, folder)
-        raise UserError(f"cannot write {folder}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot write {folder}: {one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

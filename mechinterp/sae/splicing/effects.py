@@ -73,8 +73,7 @@ class FeatureEffects(Result):
         exact = f" (exactly {best['exact']:.2f})" if np.isfinite(best["exact"]) else ""
         errors = ", ".join(f"{effect:.2f}" for effect in self.errors["effect"])
         passed = f"{np.count_nonzero(features['passes'])} of {len(features)} features pass the threshold"
-        if not np.isfinite(about["threshold"] or np.nan):
-            passed = "too few prompts for a threshold"
+        passed = "too few prompts for a threshold" if about["threshold"] is None else passed
         return (
             f"{start}: largest {best['name']} {best['effect']:.2f}{interval}{exact}; {passed}; "
             f"errors {errors} ({n}, 95% {about['scope']})"

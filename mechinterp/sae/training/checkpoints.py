@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 from mechinterp.results import plain, write_json
 from mechinterp.sae.training.distributed import Processes
 
@@ -101,7 +101,7 @@ class Checkpoints:
         if self.processes.first:
             for partial in self.folder.glob(".partial-*"):
                 shutil.rmtree(partial, ignore_errors=True)
-        damaged, said = [], []
+        damaged: list[tuple[Path, UserError]] = []
         for path in reversed(self.paths()):
             n_processes = len(list(path.glob("source-*.json")))
             if n_processes and n_processes != self.processes.size:
@@ -110,16 +110,15 @@ class Checkpoints:
                 with self.processes.together():  # all go on from the same one
                     states = read_part(path, "training"), read_part(path, f"source-{self.processes.rank}")
             except UserError as error:
-                damaged.append(path)
-                said.append(str(error))
+                damaged.append((path, error))
                 continue
             if self.processes.first:
-                for old, error in zip(damaged, said, strict=True):
+                for old, error in damaged:
                     os.replace(old, old.with_name(f"damaged-{old.name}"))
                     print(f"passed over: {error}", flush=True)
             return path, *states
-        if said:
-            raise UserError(f"no checkpoint in {self.folder} can be read; the newest: {said[0]}")
+        if damaged:
+            raise UserError(f"no checkpoint in {self.folder} can be read; the newest: {damaged[0][1]}")
         return None
 
     def _last_good(self) -> str:
@@ -180,4 +179,4 @@ def _digest(path: Path) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return os.strerror(errno.ENOSPC) if error.errno == errno.ENOSPC else str(error)
-    return str(error).splitlines()[0]
+    return one_line(error)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Processes:
             # Of a tensor, so that it has a number and compares as equal with the model's.
             return torch.empty(0, device=asked).device
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"no device {asked!r} here: {str(error).splitlines()[0]}") from None
+            raise UserError(f"no device {asked!r} here: {one_line(error)}") from None
 
     def share(self, batch: int) -> int:
         """Rows of a batch that this process takes. Raises UserError where it cannot be divided."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from mechinterp.errors import UserError
+from mechinterp.errors import UserError, one_line
 from mechinterp.files import write_text
 from mechinterp.results import plain
 from mechinterp.sae.config import TrainConfig
@@ -88,7 +88,6 @@ def _start_tracker(config: TrainConfig, folder: Path) -> Any:
     try:
         return tracker.init(project=config.project, name=config.run_name or folder.name, config=config.to_json())
     except Exception as error:  # whatever a tracker raises: no key, no network, a full disk
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the tracker {config.tracker} did not start: {said}; valid without one: tracker='none'"
+            f"the tracker {config.tracker} did not start: {one_line(error)}; valid without one: tracker='none'"
         ) from error

@@ -22,6 +22,7 @@ from mechinterp.data_sets import DataSet
 from mechinterp.errors import UserError
 from mechinterp.hooked.model import HookedModel
 from mechinterp.sae import formats
+from mechinterp.sae.activations.chunks import under
 from mechinterp.sae.activations.memory import keep_freed_memory
 from mechinterp.sae.activations.source import Source, open_source
 from mechinterp.sae.config import TrainConfig
@@ -106,7 +107,7 @@ def _resumed(
     set_random_states(reading)
     trainers = trainers_of(config, source, processes)
     for name, trainer in trainers.items():
-        trainer.load_state_dict(_under(f"{name}/", training) | _under(f"{name}/", reading))
+        trainer.load_state_dict(under(f"{name}/", training) | under(f"{name}/", reading))
     return Run(config, source, trainers, checkpoints, processes, training["tokens"], training["seconds"])
 
 
@@ -165,7 +166,3 @@ def _require_settings(what: str, before: Mapping[str, Any], asked: Mapping[str, 
     if differ:
         shown = ", ".join(f"{name} {before.get(name)!r}, not {asked[name]!r}" for name in differ)
         raise UserError(f"{what} of other settings: {shown}")
-
-
-def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

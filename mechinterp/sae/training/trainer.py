@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp.sae.activations.chunks import under
 from mechinterp.sae.autoencoder import Objective, Output, SparseAutoencoder, squared_error
 from mechinterp.sae.config import TrainConfig
 from mechinterp.sae.training.distributed import Processes
@@ -206,16 +207,15 @@ class Trainer:
         """Continue, bit for bit, where `state_dict()` and this process's `sums()`, together, were taken."""
         device = self.sae.W_dec.device
 
-        def under(prefix: str) -> dict[str, Any]:
-            found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            return {name: value.to(device) for name, value in found.items()}
+        def here(prefix: str) -> dict[str, Any]:
+            return {name: value.to(device) for name, value in under(prefix, state).items()}
 
-        self.sae.load_state_dict(under("weights."))
-        self.steps, self._counted = state["steps"], state.get("counted", 0)
+        self.sae.load_state_dict(here("weights."))
+        self.steps, self._counted = state["steps"], state["counted"]
         self.since_fired = state["since_fired"].to(device)
         self.scales = state["scale_in"].to(device), state["scale_out"].to(device)
-        self._sums = under("sum.")
-        parts = {part: under(f"adam.{part}.") for part in STATE}
+        self._sums = here("sum.")
+        parts = {part: here(f"adam.{part}.") for part in STATE}
         for name, parameter in self.sae.named_parameters():
             if name in parts["step"]:
                 self.optimizer.state[parameter] = {part: parts[part][name].clone() for part in STATE}
